@@ -1,0 +1,122 @@
+"""Decoders that generate: causal language models, and the text decoders of video LLMs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from namm_transfer.adapters.base import Host, use_namm_attention
+from namm_transfer.attention import NAME
+from namm_transfer.errors import CacheError, ConfigError
+from namm_transfer.memory import MemoryCache
+from namm_transfer.scoring import Policy
+from namm_transfer.stats import MemoryStats
+
+__all__ = ["CausalLMHost"]
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types whose only state is keys and values."""
+
+
+class CausalLMHost(Host):
+    """A decoder that generates: ``host.generate(**inputs)``, ``host(**inputs)``.
+
+    Only the text decoder runs the ``namm`` attention; a vision tower keeps its own. A call without
+    ``past_key_values`` starts a new memory, ``host.cache``; to go on with one, pass it.
+    """
+
+    cache: MemoryCache | None = None
+    """The memory of the last call."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, update_interval: int = 512) -> None:
+        super().__init__(model, policy, update_interval)
+        self._before: list[tuple[PreTrainedModel, str]] = []
+
+    @staticmethod
+    def misfit(model: nn.Module) -> str | None:
+        if not isinstance(model, PreTrainedModel):
+            return f"a transformers model; found {type(model).__module__}.{type(model).__name__}"
+        name = type(model).__name__
+        if not model.can_generate():
+            return f"a model that generates (a language-model head); {name} has none"
+        if model.config.is_encoder_decoder:
+            return f"a decoder-only model; {name} is an encoder-decoder"
+        decoder = model.get_decoder()
+        if not isinstance(decoder, PreTrainedModel):
+            return f"a text decoder that is a transformers model; found {type(decoder).__name__} in {name}"
+        config = decoder.config
+        other = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
+        if other or model._is_stateful:
+            of = f"layers of type {', '.join(other)}" if other else "a recurrent state"
+            return f"plain attention in every layer; {name} has {of}"
+        if getattr(config, "kv_lora_rank", None):
+            return f"a cache of keys and values; {name} caches latents that are expanded later (kv_lora_rank)"
+        if getattr(config, "num_kv_shared_layers", None):
+            count = config.num_kv_shared_layers
+            return f"keys and values of its own in every layer; in {name}, {count} layers share those of others"
+        if not decoder._can_set_attn_implementation():
+            return (
+                f"attention that dispatches through transformers' AttentionInterface; that of {type(decoder).__name__} "
+                "does not"
+            )
+        return None
+
+    def attach(self) -> None:
+        self._use_namm(self.model.get_decoder())
+
+    def _use_namm(self, *parts: PreTrainedModel) -> None:
+        self._before += [(part, part.config._attn_implementation) for part in parts]
+        for part in parts:
+            use_namm_attention(part, NAME)
+
+    def detach(self) -> None:
+        while self._before:
+            part, name = self._before.pop()
+            use_namm_attention(part, name)
+
+    def new_cache(self) -> MemoryCache:
+        """An empty memory under the host's policy."""
+        return MemoryCache(self.policy, self.update_interval)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward call, with the memory as its cache."""
+        return self._run(self.model, inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """The model's ``generate``, with the memory as its cache."""
+        return self._run(self.model.generate, inputs)
+
+    def _run(self, call: Any, inputs: dict[str, Any]) -> Any:
+        """Call the model with the memory as its cache.
+
+        Raises:
+            ConfigError: the call asks for another cache, or for none.
+            CacheError: the model left the memory, or one of its layers, empty.
+        """
+        cache = inputs.get("past_key_values")
+        if cache is None:
+            cache = self.new_cache()
+        if not isinstance(cache, MemoryCache):
+            raise ConfigError(
+                f"past_key_values must be a MemoryCache, e.g. host.new_cache(); got {type(cache).__name__}"
+            )
+        if not inputs.get("use_cache", True):
+            raise ConfigError("use_cache=False leaves a policy nothing to do; call the model itself instead")
+        self.cache = cache
+        out = call(**inputs | {"past_key_values": cache, "use_cache": True})
+        cache.check_consumed()
+        expected = getattr(self.model.get_decoder().config, "num_hidden_layers", 1)
+        found = sum(layer.is_initialized for layer in cache.layers)
+        if found < expected:
+            raise CacheError(
+                f"{type(self.model).__name__} put tokens of {found} of its {expected} layers into the memory, so the "
+                f"policy {self.policy.name!r} would do nothing in the others"
+            )
+        return out
+
+    def stats(self) -> MemoryStats:
+        if self.cache is None:
+            raise CacheError("no call yet: stats() tells of the memory of the last call")
+        return self.cache.stats()

@@ -1,0 +1,102 @@
+"""The packaged configurations, and their composition with `key=value` overrides.
+
+Every command has one YAML file here; the folders are Hydra's config groups. An override that names
+an unknown key or option is refused with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from namm_transfer.errors import ConfigError
+
+__all__ = ["compose", "flatten", "nearest"]
+
+ROOT = Path(__file__).resolve().parent
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of `command` after `overrides`, every value resolved.
+
+    Raises:
+        ConfigError: an override cannot be read, names an unknown key or option, or leaves a required
+            value unset.
+    """
+    try:
+        config = _compose(command, overrides)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value: give it one, as in {missing[0]}=...")
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(command, overrides, error)) from error
+    return config
+
+
+def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every leaf of nested mappings as (dotted key, value); an empty mapping is a leaf."""
+    if isinstance(config, dict) and (config or not prefix):
+        for key, value in config.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, config
+
+
+def nearest(given: str, candidates: Sequence[str]) -> str:
+    """The candidate most like what was given."""
+    return difflib.get_close_matches(given, candidates, n=1, cutoff=0.0)[0]
+
+
+def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
+        return hydra_compose(command, overrides=list(overrides))
+
+
+def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:
+    """Say which override is at fault, and what it may have meant."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException:
+            return f"cannot read the override {text!r}: expected key=value"
+    # Choices of groups first: the keys of a task exist only once the task is chosen.
+    parsed.sort(key=lambda one: not _options(one))
+    accepted: list[str] = []
+    for one in parsed:
+        try:
+            config = _compose(command, [*accepted, str(one.input_line)])
+        except (HydraException, OmegaConfBaseException):
+            return _meant(command, accepted, one)
+        accepted.append(str(one.input_line))
+    del config
+    return str(error).splitlines()[0]
+
+
+def _options(override: Override) -> list[str]:
+    """The options of the group that `override` chooses from; none if it sets a key."""
+    folder = ROOT / override.key_or_group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _meant(command: str, accepted: list[str], override: Override) -> str:
+    if options := _options(override):
+        given, kind = str(override.value()), f"option of {override.key_or_group}"
+        candidates = options
+    else:
+        given, kind = override.key_or_group, f"key of `{command}`"
+        leaves = OmegaConf.to_container(_compose(command, accepted), resolve=False)
+        candidates = [key for key, _ in flatten(leaves)]
+        candidates += [folder.name for folder in ROOT.iterdir() if any(folder.glob("**/*.yaml"))]
+    return f"{given!r} is no {kind}: the nearest is {nearest(given, candidates)!r} (given: {override.input_line})"

@@ -1,0 +1,62 @@
+"""Frozen dataclass settings (of a training run) from `key=value` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from namm_transfer.configs import nearest
+from namm_transfer.errors import ConfigError
+
+__all__ = ["from_overrides"]
+
+T = TypeVar("T")
+
+
+def from_overrides(settings: type[T], overrides: Sequence[str]) -> T:
+    """An instance of the dataclass `settings`, its fields set by `overrides`, paths and tuples converted.
+
+    Raises:
+        ConfigError: an override cannot be read, names no field, has the wrong type, or a required one is missing.
+    """
+    hints = get_type_hints(settings)
+    values = {}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"cannot read the override {text!r}: expected key=value") from error
+        key = override.key_or_group
+        if key not in hints:
+            raise ConfigError(f"{key!r} is no setting: the nearest is {nearest(key, list(hints))!r}")
+        values[key] = _convert(key, override.value(), hints[key])
+    for field in fields(settings):  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
+            raise ConfigError(f"{field.name} has no value: give it one, as in {field.name}=...")
+    return settings(**values)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """`value`, as YAML gives it, in the type `hint`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _convert(key, value, next(one for one in inner if one is not type(None)))
+    if origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) == len(value):
+            return tuple(_convert(key, item, kind) for item, kind in zip(value, kinds, strict=True))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key} is {value!r}; expected {getattr(hint, '__name__', hint)}")

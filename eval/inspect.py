@@ -1,0 +1,119 @@
+"""A picture of a memory: which patches of which frames each layer retained, and the counts behind it.
+
+Shape letters: L layers, K KV heads, T frames, U steps in time (frames, or tubelets of several frames), h, w patches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+
+from namm_transfer.errors import ConfigError
+from namm_transfer.eval.provenance import record
+from namm_transfer.eval.results import write_atomically
+from namm_transfer.eval.runner import build_policy, build_task
+from namm_transfer.eval.video import decode
+from namm_transfer.policies import Policy
+
+__all__ = ["Inspectable", "inspect", "picture"]
+
+DIMMED = 0.2
+"""Brightness of a patch that every head has evicted; each head that retains it adds an equal part of the rest."""
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A task on clips whose memory can be laid over their frames."""
+
+    name: str
+
+    def inputs(self) -> Mapping[str, str]:
+        """As of a task."""
+        ...
+
+    def clip_path(self, number: int) -> Path:
+        """File of a packaged clip."""
+        ...
+
+    def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
+        """Which patches of a video uint8 [T, H, W, 3] are retained after it was read: bool [L, K, U, h, w]."""
+        ...
+
+
+def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
+    """Run one clip under one policy and write `retained.png`, `retained.json` and provenance to `out`.
+
+    Raises:
+        ConfigError: a task without clips, or settings out of range.
+        VideoError: the clip cannot be decoded.
+    """
+    task, policy = build_task(config["task"]), build_policy(config["policy"])
+    if not isinstance(task, Inspectable):
+        raise ConfigError(f"{task.name} has no clips to inspect: choose a task on videos")
+    path = task.clip_path(config["clip"]) if isinstance(config["clip"], int) else Path(config["clip"])
+    frames = decode(path).frames
+    shown = config["frames"]
+    if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= len(frames):
+        raise ConfigError(
+            f"frames is {shown!r}; expected an integer from 1 to {len(frames)}, the frames of {path.name}"
+        )
+    retained = task.retained(frames, policy)
+    out.mkdir(parents=True, exist_ok=True)
+    record(out / "provenance.json", task.inputs(), config["seed"])
+    counts = {
+        "clip": path.name,
+        "task": task.name,
+        "policy": policy.describe(),
+        "visual_tokens": int(np.prod(retained.shape[2:])),
+        "retained": int(retained.sum()),
+        "kept_fraction": float(retained.mean()),
+        "retained_by_layer_and_head": retained.sum(axis=(2, 3, 4)).tolist(),
+        "retained_by_layer_and_time_step": retained.sum(axis=(1, 3, 4)).tolist(),
+    }
+    write_atomically(out / "retained.json", json.dumps(counts, indent=2) + "\n")
+    title = f"{path.name}, {policy.name}: {retained.mean():.1%} of the visual tokens retained"
+    picture(frames, retained, shown, title, out / "retained.png")
+    for layer, part in enumerate(retained):
+        console.print(
+            f"layer {layer}: {part.mean():6.1%} retained, by head {np.round(part.mean((1, 2, 3)), 3).tolist()}"
+        )
+    console.print(f"written: {out / 'retained.png'}, {out / 'retained.json'}")
+    return out
+
+
+def picture(frames: np.ndarray, retained: np.ndarray, shown: int, title: str, path: Path) -> None:
+    """Layers below each other, frames beside each other; retained patches are lit, evicted ones dimmed.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        retained: bool [L, K, U, h, w].
+        shown: how many frames, evenly spaced.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers, _, steps, rows, columns = retained.shape
+    chosen = np.linspace(0, len(frames) - 1, shown).round().astype(int)
+    light = DIMMED + (1 - DIMMED) * retained.mean(axis=1)  # [L, U, h, w]
+    height, width = frames.shape[1:3]
+    figure = Figure(figsize=(1.1 * shown + 0.8, 1.15 * (layers + 1) + 0.5), layout="constrained")
+    grid = FigureCanvasAgg(figure).figure.subplots(layers + 1, shown, squeeze=False)
+    figure.suptitle(title, fontsize="medium")
+    for column, frame in enumerate(chosen):
+        grid[0, column].imshow(frames[frame])
+        grid[0, column].set_title(f"frame {frame}", fontsize="x-small")
+        for layer in range(layers):
+            patches = light[layer, frame * steps // len(frames)]  # [h, w]
+            lit = patches[np.arange(height) * rows // height][:, np.arange(width) * columns // width]  # [H, W]
+            grid[layer + 1, column].imshow((frames[frame] * lit[..., None]).astype(np.uint8))
+    for row, axes in enumerate(grid):
+        axes[0].set_ylabel("clip" if row == 0 else f"layer {row - 1}", fontsize="x-small")
+        for axis in axes:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.savefig(path, dpi=110)

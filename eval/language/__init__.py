@@ -1,0 +1,1 @@
+"""Language tasks on documents that no NAMM was evolved or chosen on."""

@@ -1,0 +1,1 @@
+"""Offline RL on gymnasium MuJoCo: episodes, decision-transformer hosts, agents, rollouts and scores."""

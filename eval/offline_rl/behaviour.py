@@ -1,0 +1,144 @@
+"""Train the behaviour policy whose episodes a decision transformer learns from (TQC, library: sbx)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from namm_transfer.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from sbx import TQC
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """What to train.
+
+    `evaluate_every` and `timesteps` are environment steps. Training stops at `timesteps`, or at the first
+    evaluation (deterministic actions) whose mean `return_raw` reaches `stop_return`.
+    """
+
+    output: Path
+    env_id: str = "Hopper-v5"
+    timesteps: int = 300_000
+    evaluate_every: int = 10_000
+    evaluation_episodes: int = 10
+    stop_return: float = 3300.0
+    learning_starts: int = 5_000
+    top_quantiles_to_drop_per_net: int = 5  # TQC's published setting for Hopper
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "evaluate_every", "evaluation_episodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"BehaviourConfig.{name} is {getattr(self, name)}; expected at least 1")
+
+
+def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
+    """Train, or go on training, and return the path of the best policy (`policy.zip`). Needs sbx-rl.
+
+    The output folder holds `policy.zip` (best evaluation so far), `latest.zip` and `replay.pkl` (to resume),
+    and `progress.jsonl` (one evaluation a line: `timesteps`, `return_raw_mean`, `return_raw_std`, `n`).
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    _check_same_run(config)
+    from sbx import TQC
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    train_env = make_vec_env(config.env_id, n_envs=1, seed=config.seed)
+    test_env = make_vec_env(config.env_id, n_envs=config.evaluation_episodes, seed=config.seed + 1_000_000)
+    rows = read_progress(config.output)
+    best = max((row["return_raw_mean"] for row in rows), default=-float("inf"))
+    latest, replay = config.output / "latest.zip", config.output / "replay.pkl"
+    if latest.exists() and replay.exists():
+        model = TQC.load(latest, env=train_env)
+        model.load_replay_buffer(replay)
+    else:
+        model = TQC(
+            "MlpPolicy",
+            train_env,
+            learning_starts=config.learning_starts,
+            train_freq=8,
+            gradient_steps=8,
+            policy_delay=2,
+            buffer_size=config.timesteps,
+            top_quantiles_to_drop_per_net=config.top_quantiles_to_drop_per_net,
+            seed=config.seed,
+        )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("behaviour policy", total=config.timesteps, completed=model.num_timesteps)
+        while model.num_timesteps < config.timesteps and best < config.stop_return:
+            model.learn(config.evaluate_every, reset_num_timesteps=False)
+            measured: Any = evaluate_policy(model, test_env, n_eval_episodes=config.evaluation_episodes)
+            mean, std = measured
+            if mean > best:
+                best = float(mean)
+                _save_atomically(model, config.output / "policy.zip")
+            row = {
+                "timesteps": model.num_timesteps,
+                "return_raw_mean": float(mean),
+                "return_raw_std": float(std),
+                "n": config.evaluation_episodes,
+            }
+            _save_atomically(model, latest)
+            temporary = replay.with_name("replay.partial.pkl")
+            model.save_replay_buffer(temporary)
+            os.replace(temporary, replay)
+            with (config.output / "progress.jsonl").open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            bar.update(
+                task,
+                completed=model.num_timesteps,
+                description=f"behaviour policy, return_raw {mean:.0f}, best {best:.0f}",
+            )
+    return config.output / "policy.zip"
+
+
+def load_behaviour(path: Path) -> TQC:
+    """Load a trained behaviour policy.
+
+    Raises:
+        CheckpointError: no file at `path`.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no behaviour policy at {path}; expected the policy.zip of train_behaviour")
+    from sbx import TQC
+
+    return TQC.load(path)
+
+
+def read_progress(folder: Path) -> list[dict[str, float]]:
+    """Return the evaluations logged so far, oldest first."""
+    path = folder / "progress.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _check_same_run(config: BehaviourConfig) -> None:
+    """A folder belongs to one configuration; only the two stopping rules may change when a run goes on."""
+    free = ("output", "timesteps", "stop_return")
+    record = {key: value for key, value in asdict(config).items() if key not in free}
+    path = config.output / "config.json"
+    if not path.exists():
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    stored = json.loads(path.read_text())
+    if stored != record:
+        changed = sorted(key for key in record if stored.get(key) != record[key])
+        raise ConfigError(f"{config.output} holds a run with other values of {', '.join(changed)}; use a new folder")
+
+
+def _save_atomically(model: TQC, path: Path) -> None:
+    temporary = path.with_name(f"{path.stem}.partial.zip")
+    model.save(temporary)
+    os.replace(temporary, path)

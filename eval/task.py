@@ -1,0 +1,109 @@
+"""What a task is: units, each evaluated under one policy and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.results import OK
+from namm_transfer.layer import check_interval
+from namm_transfer.policies import Policy
+from namm_transfer.stats import MemoryStats
+
+__all__ = ["BASELINES", "Outcome", "Task", "Unit", "check_settings", "host_folder", "measured"]
+
+BASELINES = ("window",)
+"""Columns that are no policy: a host's own way to forget, evaluated on the tasks that have it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The least thing that gets a score: a question, a clip, an episode."""
+
+    id: str
+    cluster: str
+    """The video or episode it belongs to; units of one cluster are not independent."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a unit; the fields are those of a result row."""
+
+    unit: Unit
+    score: float | None = None
+    status: str = OK
+    kept_fraction: float | None = None
+    kept_at_updates: float | None = None
+    bytes_kv: int | None = None
+    bytes_total: int | None = None
+    error: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A set of units and the host model that answers them.
+
+    Attributes:
+        name: names its rows, such as `video_qa/shapes`.
+        metric: name of the score, with its unit where it has one (`return_raw`).
+        baselines: those of `BASELINES` that its host has.
+    """
+
+    name: str
+    metric: str
+    baselines: tuple[str, ...]
+
+    def units(self, seed: int) -> Sequence[Unit]:
+        """All units; cheap, and the same for every policy."""
+        ...
+
+    def inputs(self) -> Mapping[str, str]:
+        """Digest of everything read from disk (weights, videos) by name, for the provenance."""
+        ...
+
+    def evaluate(self, units: Sequence[Unit], policy: Policy | str, seed: int) -> Iterator[Outcome]:
+        """Outcomes of `units`, each as soon as it is known; `policy` may be the name of a baseline.
+
+        Input that cannot be decoded is an outcome with the status `undecodable`, not an exception.
+        """
+        ...
+
+
+def measured(stats: MemoryStats) -> dict[str, Any]:
+    """The fields of an outcome that a memory's statistics fill."""
+    return {
+        "kept_fraction": stats.kept_fraction,
+        "kept_at_updates": stats.kept_at_updates,
+        "bytes_kv": stats.bytes["kv"],
+        "bytes_total": stats.bytes["total"],
+    }
+
+
+def check_settings(task: Any, packaged: Path, **limits: int) -> None:
+    """Check a task's model settings, and the named settings, each from 1 to its limit, before anything is run.
+
+    Raises:
+        ConfigError: one is out of range.
+        CheckpointError: there is no folder of the host.
+    """
+    for key, limit in limits.items():
+        value = getattr(task, key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise ConfigError(f"{task.name}: {key} is {value!r}; expected an integer from 1 to {limit}")
+    check_interval(task.model["update_interval"])
+    host_folder(task.model, packaged)
+
+
+def host_folder(model: Mapping[str, Any], packaged: Path) -> Path:
+    """The folder that a task's model settings name.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    folder = packaged if model["path"] == "packaged" else Path(model["path"])
+    if not folder.is_dir():
+        raise CheckpointError(f"no host model in {folder}: expected a folder, or model.path=packaged")
+    return folder

@@ -1,0 +1,173 @@
+"""The packaged video LLM: a small LLaVA-NeXT-Video with its tokenizer and processing, all local.
+
+Shape letters: T frames, S side of a frame in pixels, L tokens of a prompt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    BatchEncoding,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
+from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
+from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
+
+PACKAGED = Path(__file__).resolve().parent.parent / "assets" / "hosts" / "video_llm"
+PATCH = 8
+POOL = 2
+TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
+QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows exactly the words of the questions and answers."""
+    words = [*SPECIAL_TOKENS, *LETTERS, "Answer", ":", "?", "colour", "shape", *QUESTION_WORDS]
+    words += [*COLOURS, *SHAPES, *DIRECTIONS]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", words.index("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=[VIDEO_PLACEHOLDER, "<image>"],
+        padding_side="left",
+    )
+
+
+def build_model(seed: int) -> LlavaNextVideoForConditionalGeneration:
+    """An untrained host, its weights drawn from `seed` without touching the global generator."""
+    tokenizer = build_tokenizer()
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=SIDE,
+            patch_size=PATCH,
+            projection_dim=96,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=48,
+            max_position_embeddings=4096,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+        ),
+        tie_word_embeddings=True,
+        video_token_index=SPECIAL_TOKENS.index(VIDEO_PLACEHOLDER),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        vision_feature_layer=-1,
+        spatial_pool_stride=POOL,
+        image_seq_length=(SIDE // PATCH) ** 2,
+        video_seq_length=TOKENS_PER_FRAME,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaNextVideoForConditionalGeneration(config)
+        # Tied embeddings are read-out weights too: at the usual 0.02 their logits start out too flat.
+        embeddings = word_embeddings(model).weight
+        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def word_embeddings(model: LlavaNextVideoForConditionalGeneration) -> nn.Embedding:
+    """The text decoder's embeddings, which are its read-out weights as well."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+@dataclass(frozen=True)
+class VideoQAProcessor:
+    """Turns decoded frames and a prompt into the model's inputs, and generated tokens into text."""
+
+    tokenizer: PreTrainedTokenizerFast
+
+    def __call__(self, frames: np.ndarray, prompt: str) -> BatchEncoding:
+        """Model inputs for one video and one prompt.
+
+        Args:
+            frames: uint8 [T, S, S, 3] RGB.
+            prompt: text with one `<video>` where the video belongs.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 [1, L], `pixel_values_videos` float32 [1, T, 3, S, S].
+
+        Raises:
+            DataError: frames of another shape or type, or a prompt without exactly one `<video>`.
+        """
+        if prompt.count(VIDEO_PLACEHOLDER) != 1:
+            raise DataError(f"expected exactly one {VIDEO_PLACEHOLDER} in the prompt, got: {prompt!r}")
+        pixels = pixel_values(frames)[None]
+        expanded = prompt.replace(VIDEO_PLACEHOLDER, VIDEO_PLACEHOLDER * (TOKENS_PER_FRAME * len(frames)))
+        encoded = self.tokenizer(expanded, return_tensors="pt", return_token_type_ids=False)
+        encoded["pixel_values_videos"] = pixels
+        return encoded
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        """Text of generated tokens, special tokens left out."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def pixel_values(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [T, S, S, 3] to float32 [T, 3, S, S] in -1..1.
+
+    Raises:
+        DataError: frames of another shape or type.
+    """
+    expected = (SIDE, SIDE, 3)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected or not len(frames):
+        raise DataError(f"expected uint8 frames [T, {SIDE}, {SIDE}, 3], got {frames.dtype} {list(frames.shape)}")
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def save_host(model: LlavaNextVideoForConditionalGeneration, path: Path) -> None:
+    """Write float16 weights, configuration and tokenizer to a folder; the model itself stays float32."""
+    path.mkdir(parents=True, exist_ok=True)
+    half = LlavaNextVideoForConditionalGeneration(model.config).half()
+    half.load_state_dict(model.state_dict())
+    half.generation_config = model.generation_config
+    half.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+
+
+def load_host(path: Path = PACKAGED) -> tuple[LlavaNextVideoForConditionalGeneration, VideoQAProcessor]:
+    """The host in float32 evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: the folder lacks the weights, the configuration or the tokenizer.
+    """
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"no {name} in {path}: expected a folder written by `train video_llm`")
+    model = LlavaNextVideoForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    return model, VideoQAProcessor(tokenizer)

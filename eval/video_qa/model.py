@@ -1,0 +1,186 @@
+"""What training adds to the host: packed attention, symbolic frames, and dense supervision of the frames.
+
+Shape letters: B clips, T frames, P prefix tokens (<bos> and visual), N questions of L tokens per clip, D hidden
+size of the text decoder.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
+
+from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, PackedQuestions
+from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
+from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, word_embeddings
+
+FRAME_LAYER = 3
+CONTENT_LAYER = 4
+ATTENTION = "packed_questions"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    question_length: int,
+    questions: int,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over the shared prefix; each question sees the prefix and, causally, itself.
+
+    Padding stands at the end of a question, where causality hides it. No mask over the whole sequence is
+    ever built, and no score between two questions is ever computed.
+    """
+    batch, heads, total, width = query.shape
+    prefix = total - questions * question_length
+    groups = heads // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    shared = slice(None, prefix)
+    head = scaled_dot_product_attention(
+        query[:, :, shared], key[:, :, shared], value[:, :, shared], is_causal=True, scale=scaling
+    )
+    split = (batch, heads, questions, question_length, width)
+    own_query, own_key, own_value = (states[:, :, prefix:].reshape(split) for states in (query, key, value))
+    future = torch.ones(question_length, question_length, dtype=torch.bool).triu(1)
+    own = (own_query @ own_key.transpose(-1, -2)).masked_fill(future, float("-inf")).flatten(2, 3)
+    seen = query[:, :, prefix:] @ key[:, :, shared].transpose(-1, -2)
+    weights = torch.softmax(torch.cat([seen, own], dim=-1) * scaling, dim=-1)
+    own_weights = weights[..., prefix:].unflatten(2, (questions, question_length))
+    tail = weights[..., shared] @ value[:, :, shared] + (own_weights @ own_value).flatten(2, 3)
+    return torch.cat([head, tail], dim=2).transpose(1, 2), None
+
+
+class SymbolicFrames(nn.Module):
+    """One embedding per frame, made of the words for what it shows instead of its pixels.
+
+    The decoder's cheap first lessons, and the target that the vision tower is aligned to: a red circle in
+    the picture should look to the decoder like the words "red" and "circle" at a place.
+    """
+
+    colour_words: torch.Tensor
+    shape_words: torch.Tensor
+
+    def __init__(self, words: nn.Embedding, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
+        super().__init__()
+        hidden = words.weight.shape[1]
+        ids = tokenizer.convert_tokens_to_ids
+        self.register_buffer("colour_words", torch.tensor(ids(list(COLOURS))), persistent=False)
+        self.register_buffer("shape_words", torch.tensor(ids(list(SHAPES))), persistent=False)
+        self.nothing = nn.Parameter(torch.randn(2, hidden, generator=generator) * hidden**-0.5)
+        self.columns = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
+        self.rows = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
+        self.nowhere = nn.Parameter(torch.randn(1, hidden, generator=generator) * hidden**-0.5)
+        self._words = [words]  # In a list: the embedding belongs to the model, not to this module.
+
+    def forward(self, truth: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[..., D] from int64 [...] "colour", "shape" (last class: nothing there) and "cell"."""
+        words = self._words[0].weight
+        colours = torch.cat([words[self.colour_words], self.nothing[:1]])
+        shapes = torch.cat([words[self.shape_words], self.nothing[1:]])
+        # A place is a column plus a row, so that a step in one direction is one difference everywhere.
+        cells = torch.cat([(self.rows[:, None] + self.columns[None]).flatten(0, 1), self.nowhere])
+        return colours[truth["colour"]] + shapes[truth["shape"]] + cells[truth["cell"]]
+
+
+class FrameHeads(nn.Module):
+    """Linear read-outs of a hidden state into what is true at a frame."""
+
+    def __init__(self, hidden: int, classes: dict[str, int], generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = nn.ParameterDict(
+            {key: nn.Parameter(0.02 * torch.randn(size, hidden, generator=generator)) for key, size in classes.items()}
+        )
+
+    def forward(self, states: torch.Tensor, truth: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy over all heads; states [..., D], truth int64 [...] per head."""
+        states = nn.functional.rms_norm(states, states.shape[-1:]).flatten(0, -2)
+        losses = [
+            cross_entropy(states @ weight.T, truth[key].flatten(), ignore_index=IGNORED)
+            for key, weight in self.heads.items()
+        ]
+        return torch.stack(losses).mean()
+
+
+def decode_packed(
+    model: LlavaNextVideoForConditionalGeneration,
+    visual: torch.Tensor,
+    packed: PackedQuestions,
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the text decoder over visual tokens [B, P - 1, D] and packed questions.
+
+    `places` int64 [B, P - 1] puts symbolic frames where their visual tokens would stand: frame times 16 plus cell.
+
+    Returns:
+        logits [B, N, L, vocabulary] of the question tokens, the states [B, P - 1, D] of the visual tokens after
+        `FRAME_LAYER` layers, and the states [B, N, L, D] of the question tokens after `CONTENT_LAYER` layers.
+    """
+    batch, count, length = packed.tokens.shape
+    prefix = visual.shape[1] + 1
+    embed = word_embeddings(model)
+    start = embed(torch.full((batch, 1), model.config.get_text_config().bos_token_id))
+    inputs = torch.cat([start, visual.to(start.dtype), embed(packed.tokens.flatten(1))], dim=1)
+    if places is None:
+        places, behind = torch.arange(prefix - 1).expand(batch, -1), prefix
+    else:
+        behind = 1 + TOKENS_PER_FRAME * (prefix - 1)
+    asked = (behind + torch.arange(length).repeat(count)).expand(batch, -1)
+    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), 1 + places, asked], dim=1)
+    output = model.model.language_model(
+        inputs_embeds=inputs,
+        # A mask of four dimensions is handed on as it is: `packed_attention` needs none.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=True,
+        questions=count,
+        question_length=length,
+    )
+    logits = model.lm_head(output.last_hidden_state[:, prefix:]).unflatten(1, (count, length))
+    thinking = output.hidden_states[CONTENT_LAYER][:, prefix:].unflatten(1, (count, length))
+    return logits, output.hidden_states[FRAME_LAYER][:, 1:prefix], thinking
+
+
+def visual_features(
+    model: LlavaNextVideoForConditionalGeneration, pixels: torch.Tensor, *, frozen: bool = True
+) -> torch.Tensor:
+    """Visual tokens [B, 16 T, D] of pixels [B, T, 3, S, S]; with `frozen` only the projector gets gradients."""
+    parts = model.model
+    with torch.set_grad_enabled(not frozen):
+        states = parts.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
+        pooled = parts.vision_resampler(states[:, 1:])
+    return parts.multi_modal_projector(pooled).unflatten(0, pixels.shape[:2]).flatten(1, 2)
+
+
+def symbolic_places(truth: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where each symbolic frame stands, int64 [B, T]: at the visual token of its cell, or the frame's first."""
+    frames = torch.arange(truth["cell"].shape[1])
+    return frames * TOKENS_PER_FRAME + truth["cell"] % TOKENS_PER_FRAME
+
+
+def content_loss(
+    model: LlavaNextVideoForConditionalGeneration, thinking: torch.Tensor, content: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Does the decoder know the answer's first word, layers before it has to say it?
+
+    Args:
+        thinking: states [B, N, L, D] of the question tokens.
+        content: int64 [B, N, L], token ids or IGNORED.
+
+    Returns:
+        the mean cross-entropy, and bool [M] for the M tokens asked: was the likeliest word right?
+    """
+    asked = content != IGNORED
+    states = nn.functional.rms_norm(thinking[asked], thinking.shape[-1:])
+    logits = (states @ word_embeddings(model).weight.T).float()
+    return cross_entropy(logits, content[asked]), logits.argmax(-1) == content[asked]
+
+
+def use_packed_attention(model: LlavaNextVideoForConditionalGeneration) -> None:
+    """Switch the text decoder to `packed_attention`, and the vision tower to what trains fastest."""
+    AttentionInterface.register(ATTENTION, packed_attention)
+    # For 65 tokens a frame, plain matrix products beat the fused kernel's backward pass on a CPU.
+    model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "eager"})

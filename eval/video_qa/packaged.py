@@ -1,0 +1,59 @@
+"""The packaged question-answering clips: held-out mp4 files with their questions, listed in a manifest."""
+
+import json
+from pathlib import Path
+
+from namm_transfer.errors import DataError
+from namm_transfer.eval.video_qa.clips import PACKAGED_SEEDS, make_clip
+from namm_transfer.eval.video_qa.evaluate import QAClip, write_clips
+from namm_transfer.eval.video_qa.questions import Question
+
+PACKAGED_VIDEOS = Path(__file__).resolve().parent.parent / "assets" / "videos" / "qa"
+CLIPS = 16
+QUESTIONS_PER_FAMILY = 2
+
+
+def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[QAClip]:
+    """The clips of a manifest, in its order; the files themselves are not opened.
+
+    Raises:
+        DataError: no manifest in the folder, or one that cannot be read.
+    """
+    manifest = folder / "manifest.json"
+    try:
+        entries = json.loads(manifest.read_text())["clips"]
+        return [
+            QAClip(
+                path=folder / entry["file"],
+                seed=entry["seed"],
+                questions=tuple(
+                    Question(q["family"], q["text"], tuple(q["options"]), q["answer"]) for q in entry["questions"]
+                ),
+            )
+            for entry in entries
+        ]
+    except FileNotFoundError as error:
+        raise DataError(f"no manifest of packaged clips at {manifest}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest} is not a manifest of question-answering clips: {error!r}") from error
+
+
+def write_packaged(folder: Path = PACKAGED_VIDEOS) -> None:
+    """Render the packaged clips and write the manifest: questions and ground truth of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(PACKAGED_SEEDS, PACKAGED_SEEDS + CLIPS)
+    entries = []
+    for clip in write_clips(folder, seeds, QUESTIONS_PER_FAMILY):
+        events = [
+            {"colour": e.colour, "shape": e.shape, "direction": e.direction, "start": e.start, "end": e.end}
+            for e in make_clip(clip.seed).events
+        ]
+        questions = [
+            {"family": q.family, "text": q.text, "options": list(q.options), "answer": q.answer} for q in clip.questions
+        ]
+        entries.append({"file": clip.path.name, "seed": clip.seed, "events": events, "questions": questions})
+    (folder / "manifest.json").write_text(json.dumps({"clips": entries}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_packaged()

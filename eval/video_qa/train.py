@@ -1,0 +1,206 @@
+"""Training the packaged video LLM from scratch on one CPU core, from cheap lessons to whole videos.
+
+1. *questions*, *options*: the text decoder answers about symbolic frames, one embedding a frame made of words.
+2. *frames*: the vision tower and the projector learn to turn pixels into those same embeddings.
+3. *video*: the text decoder and the projector answer about real frames, few at first, then all 64.
+
+Clips are drawn on the fly from seeds that no other split uses, and go through mp4 before the tower sees them.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import LlavaNextVideoForConditionalGeneration
+
+from namm_transfer.eval.video import through_mp4
+from namm_transfer.eval.video_qa.batches import (
+    FRAME_CLASSES,
+    IGNORED,
+    cell_truth,
+    draw_clips,
+    draw_frames,
+    draw_questions,
+    frame_truth,
+    pack_questions,
+)
+from namm_transfer.eval.video_qa.clips import FPS, TRAIN_SEEDS, Clip, render
+from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
+from namm_transfer.eval.video_qa.host import (
+    build_model,
+    build_tokenizer,
+    load_host,
+    pixel_values,
+    save_host,
+    word_embeddings,
+)
+from namm_transfer.eval.video_qa.model import (
+    FrameHeads,
+    SymbolicFrames,
+    content_loss,
+    decode_packed,
+    symbolic_places,
+    use_packed_attention,
+    visual_features,
+)
+from namm_transfer.eval.video_training import LossAt, Stage, Trainer
+
+FRAME_WEIGHT = 2.0
+DEFAULT_STAGES = (
+    Stage("questions", steps=4000, batch=8, learning_rate=1e-3, frames=16, goal=0.88, figure="word"),
+    Stage("options", steps=3000, batch=8, learning_rate=1e-3, frames=16, goal=0.92, figure="answer"),
+    Stage("frames", steps=1200, batch=64, learning_rate=1.5e-3),
+    Stage("video", steps=1500, batch=4, learning_rate=1e-3, frames=16, goal=0.86, figure="answer"),
+    Stage("video", steps=400, batch=4, learning_rate=5e-4, frames=32, goal=0.90, figure="answer"),
+    Stage("video", steps=300, batch=4, learning_rate=6e-4, frames=64),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the video LLM is trained; everything that the result depends on."""
+
+    seed: int = 0
+    questions_per_clip: int = 10
+    stages: tuple[Stage, ...] = DEFAULT_STAGES
+    held_out_clips: int = 200
+    threads: int = 1
+
+
+def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
+    """Train, evaluate on held-out mp4 clips, and write weights, tokenizer and `training.json` to `out_dir`.
+
+    The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
+
+    Raises:
+        CheckpointError: with `resume`, a checkpoint of another configuration is in the way.
+    """
+    torch.set_num_threads(config.threads)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lessons = _Lessons(config)
+    settings = {"seed": config.seed, "questions_per_clip": config.questions_per_clip}
+    trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
+    for number, stage in enumerate(config.stages):
+        parameters, loss_at = lessons.stage(number, stage)
+        trainer.run(number, stage, parameters, loss_at)
+    save_host(lessons.model, out_dir)
+    record = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": asdict(config),
+        "seconds": round(trainer.seconds),
+        "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
+        "held_out": held_out_accuracy(*load_host(out_dir), config.held_out_clips),
+        "history": trainer.history,
+    }
+    (out_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out_dir / "checkpoint.pt").unlink()
+    return load_host(out_dir)[0]
+
+
+class _Lessons:
+    """The modules that are trained, and the loss of every stage."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(config.seed)
+        use_packed_attention(self.model)
+        generator = torch.Generator().manual_seed(config.seed)
+        hidden = self.model.config.get_text_config().hidden_size
+        self.symbols = SymbolicFrames(word_embeddings(self.model), self.tokenizer, generator)
+        self.decoder_heads = FrameHeads(hidden, FRAME_CLASSES, generator)
+        seen = {key: FRAME_CLASSES[key] for key in ("colour", "shape")}
+        self.tower_heads = FrameHeads(hidden, seen, generator)
+        self.modules = {
+            "model": self.model,
+            "symbols": self.symbols,
+            "decoder_heads": self.decoder_heads,
+            "tower_heads": self.tower_heads,
+        }
+
+    def stage(self, number: int, stage: Stage) -> tuple[list[nn.Parameter], LossAt]:
+        """Parameters that a stage trains, and its loss at a step."""
+        parts = self.model.model
+        decoder = [parts.language_model, self.decoder_heads]
+        trained, loss = {
+            "questions": ([*decoder, self.symbols], self._symbolic),
+            "options": ([*decoder, self.symbols], self._symbolic),
+            "frames": ([parts.vision_tower, parts.multi_modal_projector, self.tower_heads], self._frames),
+            "video": ([*decoder, parts.multi_modal_projector], self._video),
+        }[stage.name]
+
+        def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+            rng = np.random.default_rng([self.config.seed, number, step])
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss(stage, rng)
+
+        return [parameter for module in trained for parameter in module.parameters()], loss_at
+
+    def _symbolic(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
+        truth = frame_truth(clips, draw_frames(rng, stage.frames))
+        return self._answer(
+            self.symbols(truth), truth, clips, rng, symbolic_places(truth), options=stage.name == "options"
+        )
+
+    def _video(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
+        frames = draw_frames(rng, stage.frames)
+        pixels = [pixel_values(through_mp4(render(clip), FPS)[frames]) for clip in clips]
+        visual = visual_features(self.model, torch.stack(pixels))
+        return self._answer(visual, frame_truth(clips, frames), clips, rng, None, options=True)
+
+    def _answer(
+        self,
+        visual: torch.Tensor,
+        truth: dict[str, torch.Tensor],
+        clips: list[Clip],
+        rng: np.random.Generator,
+        places: torch.Tensor | None,
+        *,
+        options: bool,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        packed = pack_questions(
+            self.tokenizer, draw_questions(rng, clips, self.config.questions_per_clip), options=options
+        )
+        logits, states, thinking = decode_packed(self.model, visual, packed, places)
+        # What is true at a frame is asked where the shape is: in pixels as in symbols.
+        if places is None:
+            where = symbolic_places(truth)[..., None].expand(-1, -1, states.shape[-1])
+            states = states.gather(1, where)
+        frame_loss = self.decoder_heads(states.float(), truth)
+        word_loss, right = content_loss(self.model, thinking, packed.content)
+        loss = FRAME_WEIGHT * frame_loss + word_loss
+        figures = {"frame": frame_loss.item(), "word": right.float().mean().item()}
+        if options:
+            labels = packed.labels
+            loss = loss + cross_entropy(logits.float().flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
+            wrong = (logits.argmax(-1) != labels) & (labels != IGNORED)
+            figures["answer"] = 1.0 - wrong.any(-1).float().mean().item()
+        return loss, figures
+
+    def _frames(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
+        moments = [rng.integers(clip.frames, size=1) for clip in clips]
+        # One frame each of many clips, all in one file: as varied as it gets for the price of one encoding.
+        frames = through_mp4(np.concatenate([render(*pair) for pair in zip(clips, moments, strict=True)]), FPS)
+        truths = [cell_truth([clip], moment) for clip, moment in zip(clips, moments, strict=True)]
+        truth = {key: torch.cat([one[key] for one in truths]) for key in truths[0]}
+        visual = visual_features(self.model, pixel_values(frames)[:, None], frozen=False)[:, None]
+        with torch.no_grad():
+            target = self.symbols(truth)
+        # Most cells are empty: without the balance the tower learns little beyond that.
+        losses = []
+        shown = truth["shape"] < FRAME_CLASSES["shape"] - 1
+        for chosen in (shown, ~shown):
+            error = mse_loss(visual[chosen].float(), target[chosen].float()) / target.float().var()
+            read = self.tower_heads(visual[chosen].float(), {key: truth[key][chosen] for key in truth})
+            losses.append(torch.stack([error, read]))
+        figures = {"error": losses[0][0].item(), "read": losses[0][1].item()}
+        return torch.stack(losses).sum(), figures

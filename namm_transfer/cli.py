@@ -1,0 +1,173 @@
+"""The command line: every command takes Hydra overrides, such as `task=offline_rl/hopper policy.budget=0.5`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from omegaconf import OmegaConf
+from rich.console import Console
+from typer.core import TyperGroup
+
+from namm_transfer.configs import compose, nearest
+from namm_transfer.configs.settings import from_overrides
+from namm_transfer.errors import ConfigError, NammTransferError
+
+__all__ = ["app", "main"]
+
+WIDE = 200
+"""Columns of a table when there is no terminal to ask."""
+TRAINERS = {
+    "video_llm": "video_qa.train:TrainConfig:train",
+    "video_encoder": "video_classification.train:TrainConfig:train",
+    "behaviour": "offline_rl.behaviour:BehaviourConfig:train_behaviour",
+    "episodes": "offline_rl.collect:CollectionConfig:collect_episodes",
+    "decision_transformer": "offline_rl.train:TrainingConfig:train_decision_transformer",
+}
+"""What can be trained -> module below `namm_transfer.eval`, its settings, and the function that takes them."""
+TAKES_FOLDER = ("video_llm", "video_encoder")
+"""Those whose folder is an argument of its own beside the settings."""
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.", show_default=False)
+]
+Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")]
+
+
+class Commands(TyperGroup):
+    """Errors that the toolkit raises on purpose are one message, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NammTransferError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            Console(stderr=True, soft_wrap=True).print(_plain(interrupt) or "interrupted", highlight=False)
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Frozen, language-evolved attention memories (NAMMs) over the KV cache of any transformer.",
+)
+
+
+@app.command()
+def transfer(overrides: Overrides = None, resume: Resume = None) -> None:
+    """The main job: packaged hosts under the packaged NAMM and under the rules at its measured budget."""
+    _evaluate("transfer", overrides, resume)
+
+
+@app.command(name="eval")
+def evaluate(overrides: Overrides = None, resume: Resume = None) -> None:
+    """One task under one policy: `eval task=offline_rl/hopper policy=h2o policy.budget=0.5`."""
+    _evaluate("eval", overrides, resume)
+
+
+@app.command()
+def evolve(overrides: Overrides = None, resume: Resume = None) -> None:
+    """Evolve a NAMM on language."""
+    from namm_transfer.evolution.run import evolve as run
+
+    run(_settings("evolve", overrides), resume=resume, console=_console())
+
+
+@app.command()
+def train(
+    host: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAINERS)}.")], overrides: Overrides = None
+) -> None:
+    """Train a packaged host again, from scratch or from where it was interrupted."""
+    if host not in TRAINERS:
+        raise ConfigError(f"no trainer {host!r}: the nearest is {nearest(host, list(TRAINERS))!r}")
+    place, settings, function = TRAINERS[host].split(":")
+    module, given, folder = import_module(f"namm_transfer.eval.{place}"), overrides or [], []
+    if host in TAKES_FOLDER:
+        folder = [Path(one.removeprefix("out=")) for one in given if one.startswith("out=")]
+        given = [one for one in given if not one.startswith("out=")]
+        if len(folder) != 1:
+            raise ConfigError("out has no value: give the folder of the trained host, as in out=...")
+    getattr(module, function)(from_overrides(getattr(module, settings), given), *folder)
+    _console().print(f"trained: {host}")
+
+
+@app.command()
+def inspect(overrides: Overrides = None) -> None:
+    """A picture of which patches of which frames each layer retained: `inspect clip=3 policy=h2o policy.budget=0.5`."""
+    from namm_transfer.eval.inspect import inspect as run
+    from namm_transfer.eval.transfer import results_folder
+
+    config = _settings("inspect", overrides)
+    run(config, results_folder(config["out"], "inspect"), _console())
+
+
+@app.command()
+def bench(overrides: Overrides = None) -> None:
+    """Time and peak memory of the policies beside plain attention."""
+    from namm_transfer.eval.bench import bench as run
+
+    run(_settings("bench", overrides), _console())
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Print the table of a run again, and write its summary anew."""
+    from namm_transfer.eval.report import report as run
+    from namm_transfer.eval.results import RunFolder
+
+    run(RunFolder(folder), _console())
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, extras, decoders, MuJoCo, packaged weights and videos."""
+    from namm_transfer.eval.doctor import doctor as run
+
+    raise typer.Exit(0 if run(_console()) else 1)
+
+
+@app.callback()
+def _quiet() -> None:
+    # Bars and warnings of transformers would break into ours. Imported here: `--help` need not wait for it.
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of `namm-transfer`."""
+    app()
+
+
+def _evaluate(command: str, overrides: list[str] | None, resume: Path | None) -> None:
+    from namm_transfer.eval.results import RunFolder
+    from namm_transfer.eval.transfer import results_folder
+    from namm_transfer.eval.transfer import transfer as run
+
+    if resume and not overrides:  # the folder knows its configuration
+        run(RunFolder(resume).config(), resume, _console(), command)
+    else:
+        config = _settings(command, overrides)
+        run(config, resume or results_folder(config["out"], command), _console(), command)
+
+
+def _settings(command: str, overrides: list[str] | None) -> dict[str, Any]:
+    loaded = OmegaConf.to_container(compose(command, overrides or []), resolve=True)
+    return {str(key): value for key, value in dict(loaded).items()}  # type: ignore[arg-type]
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+
+
+def _plain(error: BaseException) -> str:
+    """The message as it is: brackets in it are no markup."""
+    return str(error).replace("[", r"\[")

@@ -1,0 +1,209 @@
+"""A whole evolution: normaliser, search, choice of what is deployed, calibration of its threshold.
+
+Shape legend: P candidates, S samples, D = 4172 parameters.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from namm_transfer.errors import DataError
+from namm_transfer.evolution.config import EvolutionConfig
+from namm_transfer.evolution.journal import Journal
+from namm_transfer.evolution.loop import Evaluation, Search, run_search
+from namm_transfer.evolution.readers import Job, Outcome, Readers
+from namm_transfer.network import NAMM, NUM_PARAMETERS
+
+__all__ = ["calibrate", "choose", "evolve", "run_evolution", "standardised"]
+
+# First entries of the keys that samples are made from: what one purpose draws, no other draws.
+_SEARCH, _VALIDATION, _CALIBRATION, _NORMALISER = 1, 2, 3, 4
+_SMALLEST_SPREAD = 0.005
+"""Nats; about what bfloat16 alone changes between two layouts of the same computation."""
+
+
+def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -> NAMM:
+    """The command `evolve`.
+
+    Args:
+        settings: resolved; `evolution` as `EvolutionConfig` takes it, and `out`, a folder or None for a new one.
+        resume: folder of a run to go on with.
+        console: shows the progress and where the result lies.
+
+    Raises:
+        ConfigError: a setting does not fit, or `resume` was begun with others.
+        KeyboardInterrupt: on Ctrl-C, saying how to go on; every finished generation is kept.
+    """
+    config = EvolutionConfig.from_mapping(settings["evolution"])
+    folder = resume or Path(settings["out"] or f"results/evolve-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
+    try:
+        namm = run_evolution(config, folder, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; go on with: namm-transfer evolve --resume {folder}") from None
+    console.print(f"evolved: {folder / 'namm'} (NAMM.from_pretrained takes this folder)")
+    return namm
+
+
+def run_evolution(config: EvolutionConfig, folder: Path, console: Console | None = None) -> NAMM:
+    """Run or resume an evolution in a folder, and save its result as `folder/namm`.
+
+    Args:
+        config: settings; those that matter must be the ones that the folder was begun with.
+        folder: for `journal.jsonl`, the validated centres of the search and the result.
+        console: shows the progress.
+
+    Returns:
+        What did best in validation, its threshold calibrated.
+
+    Raises:
+        ConfigError: the folder was begun with other settings.
+    """
+    journal = Journal(folder / "journal.jsonl", config.identity())
+    with Readers(config) as readers:
+        normaliser = _normaliser(config, readers, journal)
+
+        def evaluate(generation: int, candidates: np.ndarray) -> Evaluation:
+            first = generation * config.samples
+            jobs = [Job("train", (_SEARCH, first + i), first + i) for i in range(config.samples)]
+            outcomes = readers.read(jobs, normaliser, candidates)
+            differences = np.stack([outcome.difference for outcome in outcomes])
+            return Evaluation(
+                fitness=standardised(differences),
+                difference=differences.mean(0),
+                kept=float(np.mean([outcome.kept.mean() for outcome in outcomes])),
+                detail={"full": float(np.mean([outcome.full for outcome in outcomes]))},
+            )
+
+        def validate(generation: int, centres: np.ndarray) -> list[Mapping[str, Any]]:
+            _write_centres(folder, generation, centres)
+            jobs = [Job("validation", (_VALIDATION, i), i) for i in range(config.validation_samples)]
+            outcomes = readers.read(jobs, normaliser, centres)
+            return [_validation(outcomes, row) for row in range(len(centres))]
+
+        search = Search(NUM_PARAMETERS, config)
+        run_search(search, evaluate, validate, journal, config, console)
+        generation, centre = choose(journal)
+        namm = _with_vector(normaliser, np.load(_centres_path(folder, generation))[centre])
+        namm, kept = calibrate(namm, config, readers)
+        journal.append(
+            "result",
+            generation=generation,
+            centre=("mean", "average")[centre],
+            threshold_kept=kept,
+            fingerprint=namm.fingerprint(),
+        )
+    namm.save_pretrained(folder / "namm")
+    return namm
+
+
+def standardised(differences: np.ndarray) -> np.ndarray:
+    """Fitness [P] from differences [S, P]: each sample's standardised over the candidates, averaged over samples.
+
+    Samples differ much in what a memory can lose on them (a budget of 0.2 hides a number that one of 0.5 keeps; a
+    continuation needs little memory at all). Standardised, each has the same say in the order of the candidates.
+    """
+    centred = differences - differences.mean(1, keepdims=True)
+    spread = np.maximum(differences.std(1, keepdims=True), _SMALLEST_SPREAD)
+    return np.asarray((centred / spread).mean(0))
+
+
+def choose(journal: Journal) -> tuple[int, int]:
+    """What did best in validation: the generation, and 0 for its mean or 1 for the average of means up to it.
+
+    Raises:
+        DataError: nothing was validated.
+    """
+    found = [
+        (record["difference"], -record["generation"], centre)
+        for centre, event in enumerate(("validation", "validation_of_average"))
+        for record in journal.of(event)
+    ]
+    if not found:
+        raise DataError(f"{journal.path}: nothing was validated, so nothing can be chosen")
+    _, generation, centre = max(found)
+    return -generation, centre
+
+
+def calibrate(namm: NAMM, config: EvolutionConfig, readers: Readers) -> tuple[NAMM, float]:
+    """Shift the last bias so that eviction by threshold keeps `config.kept_fraction` on training documents.
+
+    Ranks do not depend on the bias, so under a budget the NAMM stays the same.
+
+    Returns:
+        The calibrated NAMM and the fraction that it keeps on the samples of the last round.
+
+    Raises:
+        DataError: no shift within the range tried keeps so much, or so little.
+    """
+    vector = namm.to_vector().double().numpy()
+    shifts = np.concatenate([-np.geomspace(16, 0.02, 6), np.geomspace(0.02, 16, 6)])
+    for samples in (4, 8, 12):  # scores have a scale of their own: find the crossing coarsely, then more finely
+        jobs = [Job("train", (_CALIBRATION, i), i, by_threshold=True) for i in range(samples)]
+        shifted = np.repeat(vector[None], len(shifts), 0)
+        shifted[:, -1] += shifts
+        kept = np.mean([outcome.kept for outcome in readers.read(jobs, namm, shifted)], axis=0)
+        enough = np.flatnonzero(kept >= config.kept_fraction)
+        if len(enough) == 0 or enough[0] == 0:
+            raise DataError(
+                f"no shift of the threshold within [{shifts[0]:.3g}, {shifts[-1]:.3g}] keeps {config.kept_fraction} "
+                f"of the tokens: kept were {kept.round(3).tolist()}"
+            )
+        nearest = int(np.abs(kept - config.kept_fraction).argmin())
+        chosen, fraction = shifts[nearest], float(kept[nearest])
+        lower, upper = shifts[enough[0] - 1], shifts[enough[0]]
+        margin = 0.25 * (upper - lower)  # more samples may move the crossing out of the bracket
+        shifts = np.linspace(lower - margin, upper + margin, 6)
+    vector[-1] += chosen
+    return _with_vector(namm, vector), fraction
+
+
+def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> NAMM:
+    """A NAMM that carries the frozen feature normaliser, measured once under candidates of the first generation."""
+    if not journal.of("normaliser"):
+        jobs = [Job("train", (_NORMALISER, i), i) for i in range(config.normaliser_samples)]
+        candidates = Search(NUM_PARAMETERS, config).ask()[:4]
+        measured = readers.statistics(jobs, candidates)
+        journal.append("normaliser", mean=measured.mean.tolist(), var=measured.var.tolist(), count=measured.count)
+    record = journal.of("normaliser")[0]
+    return NAMM.from_vector(
+        torch.zeros(NUM_PARAMETERS),
+        feature_mean=torch.tensor(record["mean"]),
+        feature_var=torch.tensor(record["var"]),
+    )
+
+
+def _with_vector(namm: NAMM, vector: np.ndarray) -> NAMM:
+    return NAMM.from_vector(
+        torch.from_numpy(vector).float(), feature_mean=namm.feature_mean, feature_var=namm.feature_var
+    )
+
+
+def _validation(outcomes: Sequence[Outcome], row: int) -> dict[str, Any]:
+    by_kind: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        by_kind.setdefault(outcome.kind, []).append(float(outcome.difference[row]))
+    return {
+        "difference": float(np.mean([outcome.difference[row] for outcome in outcomes])),
+        "by_kind": {kind: float(np.mean(found)) for kind, found in sorted(by_kind.items())},
+        "kept": float(np.mean([outcome.kept[row] for outcome in outcomes])),
+    }
+
+
+def _centres_path(folder: Path, generation: int) -> Path:
+    return folder / "centres" / f"{generation:04d}.npy"
+
+
+def _write_centres(folder: Path, generation: int, centres: np.ndarray) -> None:
+    path = _centres_path(folder, generation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, centres)
+    os.replace(partial, path)

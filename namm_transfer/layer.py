@@ -1,0 +1,353 @@
+"""The memory of one layer: new tokens stream in, block by block, and the policy evicts between blocks.
+
+Shape legend: B batch rows, R rows of a run, H query heads, K KV heads, Q new queries, n tokens of a block, t queries
+of a tile, N retained tokens, D key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
+
+from namm_transfer.attention import NAME, AttentionOptions, Memory, attend, expecting, tiles
+from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
+from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
+from namm_transfer.scoring import LayerView, Policy
+from namm_transfer.spectrogram import HOP
+from namm_transfer.store import TokenStore
+
+__all__ = ["LayerMemory", "check_interval", "watch"]
+
+
+def check_interval(update_interval: Any) -> int:
+    """Tokens between two decisions: a positive multiple of 16.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(update_interval, bool) or not isinstance(update_interval, int):
+        raise ConfigError(f"update_interval must be an int; got {update_interval!r}")
+    if update_interval < HOP or update_interval % HOP:
+        raise ConfigError(f"update_interval must be a positive multiple of {HOP}; got {update_interval}")
+    return update_interval
+
+
+def watch(
+    view: LayerView,
+    policy: Policy,
+    query: Tensor,
+    allowed: Callable[[int, int], Tensor | None],
+    options: AttentionOptions,
+    ahead: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attend to the retained tokens in tiles, and let the policy see each tile.
+
+    Args:
+        view: the layer; its counter of queries moves on.
+        query: [R, H, n, D].
+        allowed: (start, stop) of a tile -> [R, K, t, N] bool, or None if the tile sees every token.
+        ahead: keys and values [R, K, m, D] of tokens that exist for the mask only (the rest of a bidirectional span).
+
+    Returns:
+        [R, H, n, V].
+    """
+    key, value = view.tokens["keys"], view.tokens["values"]
+    width = view.tokens.width
+    if ahead is not None:
+        key, value = torch.cat([key, ahead[0]], dim=2), torch.cat([value, ahead[1]], dim=2)
+    count = query.shape[2]
+    cost = query.shape[0] * query.shape[1] * key.shape[2] * 4
+    observer = (lambda attn: policy.observe(view, attn[..., :width])) if policy.observes else None
+    out = []
+    for start, stop in tiles(count, view.queries % HOP, cost):
+        out.append(attend(query[:, :, start:stop], key, value, allowed(start, stop), options, observer))
+        view.queries += stop - start
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+class LayerMemory(CacheLayerMixin):
+    """The tokens of one layer.
+
+    The layer's attention call follows :meth:`update` at once; it is answered here, block by block up to each
+    decision, so that no query after a decision sees what was evicted.
+    """
+
+    is_sliding = False
+
+    def __init__(self, index: int, policy: Policy, update_interval: int) -> None:
+        super().__init__()
+        self.index = index
+        self.policy = policy
+        self.update_interval = update_interval
+        self.total = 0
+        """Tokens seen, padding included: the length that the model is told."""
+        self.seen: list[int] = []
+        """Tokens seen by each row."""
+        self.updates: list[int] = []
+        self.kept: list[float] = []
+        """Sum over each row's decisions of the fraction kept."""
+        self.tokens: TokenStore
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._outer: Memory | None = None
+        """Who expects the calls around this layer's own: an encoder's memory, or nobody."""
+
+    # -- the cache's side ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, width = key_states.shape
+        fields = {
+            "keys": ((width,), key_states.dtype),
+            "values": ((value_states.shape[-1],), value_states.dtype),
+            "positions": ((), torch.int32),
+        }
+        self.policy.check_rows(rows)
+        self.tokens = TokenStore.empty(rows, heads, fields | self.policy.fields(), key_states.device)
+        self.seen, self.updates, self.kept = [0] * rows, [0] * rows, [0.0] * rows
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values [B, K, Q, D]; the attention call that follows streams them in."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, heads, _, width = self.tokens["keys"].shape
+        if (key_states.shape[0], key_states.shape[1], key_states.shape[3]) != (rows, heads, width):
+            raise CacheError(
+                f"layer {self.index}: this memory holds {rows} rows of {heads} KV heads of width {width}, but got keys "
+                f"of shape {tuple(key_states.shape)}; use a new MemoryCache for another batch or model"
+            )
+        self._pending = (key_states, value_states)
+        outer = expecting.get()
+        self._outer = None if isinstance(outer, LayerMemory) else outer
+        expecting.set(self)
+        return key_states, value_states
+
+    def check_consumed(self) -> None:
+        """Raise if the keys last given were never attended to through this memory."""
+        if self._pending is not None:
+            expecting.set(self._outer)
+            raise CacheError(
+                f"layer {self.index}: the model gave its keys to a MemoryCache, but its attention is not {NAME!r}, so "
+                f"nothing would be evicted and the output would be wrong; call model.set_attn_implementation({NAME!r}) "
+                "(for a composite model: {'text_config': 'namm'}), or use namm_transfer.adapt(model, policy)"
+            )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included (not tokens retained): positions go on correctly after evictions."""
+        return self.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.total + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seen)
+
+    # -- attention -------------------------------------------------------------------------------------------
+
+    def expects(self, module: nn.Module, key: Tensor) -> bool:
+        if self._pending is None:
+            return False
+        if key is self._pending[0]:
+            return True
+        if getattr(module, "layer_idx", None) == self.index:
+            raise UnsupportedModelError(
+                f"layer {self.index}: {type(module).__name__} attends to keys of shape {tuple(key.shape)}, which are "
+                f"not what it put into the cache, {tuple(self._pending[0].shape)}: a memory serves caches of keys and "
+                "values, not of latents that are expanded later"
+            )
+        return False
+
+    @torch.no_grad()
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | Tensor | None,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Stream the new tokens in; return the attention output [B, H, Q, V].
+
+        Raises:
+            CacheError: the mask does not cover all tokens seen.
+            UnsupportedModelError: the queries are not of the same tokens as the keys (cross-attention).
+        """
+        expecting.set(self._outer)
+        self._pending = None
+        if query.shape[2] != key.shape[2]:
+            raise UnsupportedModelError(
+                f"layer {self.index}: {type(module).__name__} has {query.shape[2]} queries, but {key.shape[2]} new "
+                "keys: a memory serves self-attention only"
+            )
+        if isinstance(mask, Tensor):
+            mask = from_tensor(mask, self.total)
+        elif mask is None:
+            mask = AttentionMask(causal_mask_function)
+        count = query.shape[2]
+        if mask.covers is not None and mask.covers < self.total + count:
+            raise CacheError(
+                f"attention_mask covers {mask.covers} tokens, but {self.total} were seen before these "
+                f"{count}; pass a mask over all of them"
+            )
+        given = None if mask.padding is None else mask.padding[:, self.total : self.total + count]
+        added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
+        runs = list(_runs(list(zip(self.seen, added, strict=True))))
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
+        if len(runs) > 1 and count <= HOP:
+            for i in range(count):  # rows at different points that decode together
+                rows = torch.ones(len(self.seen), dtype=torch.bool, device=key.device) if given is None else given[:, i]
+                token = slice(i, i + 1)
+                out[:, :, token] = self._step(
+                    mask, query[:, :, token], key[:, :, token], value[:, :, token], options, rows
+                )
+        else:
+            for first, last in runs:
+                part, seen_by = slice(first, last), RunMask(mask, first, last, query.device)
+                if added[first] == count:
+                    out[part] = self._stream(seen_by, query[part], key[part], value[part], options)
+                elif given is not None and added[first]:
+                    places = given[part].nonzero()[:, 1].view(last - first, -1)
+                    q, k, v = (take(x[part], places) for x in (query, key, value))
+                    streamed = self._stream(seen_by, q, k, v, options)
+                    out[part].scatter_(2, places[:, None, :, None].expand_as(streamed), streamed)
+        self.total += count
+        self.tokens.trim()
+        return out
+
+    def _step(
+        self, mask: AttentionMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, rows: Tensor
+    ) -> Tensor:
+        """One token for each of the rows marked in ``rows`` [B], wherever they are. Returns [B, H, 1, V]."""
+        policy, steps = self.policy, rows.tolist()
+        self.tokens.reserve(self.tokens.width + 1)
+        now = torch.tensor(self.seen, device=key.device)
+        positions = now.to(torch.int32).view(-1, 1, 1).expand(-1, key.shape[1], 1)
+        self.tokens.append_one({"keys": key, "values": value, "positions": positions}, rows)
+        tokens = self.tokens
+        moving = [(a, b) for a, b in _runs(list(zip(self.seen, steps, strict=True))) if steps[a]]
+
+        def observe(attn: Tensor) -> None:
+            for first, last in moving:
+                seen = self.seen[first]
+                part = tokens.rows(first, last, aligned=True)
+                view = LayerView(part, self.index, (first, last), seen + 1, seen, self.update_interval)
+                policy.observe(view, attn[first:last])
+
+        allowed = RunMask(mask, 0, len(steps), key.device).allowed_newest(tokens, now) & rows.view(-1, 1, 1, 1)
+        observer = observe if policy.observes else None
+        out = attend(query, tokens["keys"], tokens["values"], allowed, options, observer)
+        out = out.masked_fill(~rows.view(-1, 1, 1, 1), 0.0)  # a row without a new token attended to nothing
+        self.seen = [s + int(step) for s, step in zip(self.seen, steps, strict=True)]
+        for first, last in moving:
+            if policy.evicts and self.seen[first] % self.update_interval == 0:
+                seen = self.seen[first]
+                self._decide(
+                    LayerView(tokens.rows(first, last), self.index, (first, last), seen, seen, self.update_interval)
+                )
+        tokens.recount()
+        return out
+
+    def _stream(self, mask: RunMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Attend, observe and evict, block by block, for the rows of a run. Returns [R, H, n, V]."""
+        first, last, policy = mask.first, mask.last, self.policy
+        count, done, seen, out = query.shape[2], 0, self.seen[mask.first], []
+        while done < count:
+            left = count - done
+            size = min(left, self.update_interval - seen % self.update_interval) if policy.evicts else left
+            block = slice(done, done + size)
+            self.tokens.reserve(self.tokens.width + size)
+            tokens = self.tokens.rows(first, last)
+            positions = torch.arange(seen, seen + size, device=key.device, dtype=torch.int32)
+            tokens.append(
+                {
+                    "keys": key[:, :, block],
+                    "values": value[:, :, block],
+                    "positions": positions.expand(*key.shape[:2], -1),
+                }
+            )
+            view = LayerView(tokens, self.index, (first, last), seen + size, seen, self.update_interval)
+            ahead = mask.ahead(seen + size, left - size)
+            span = slice(block.stop, block.stop + ahead)
+            extra = (key[:, :, span], value[:, :, span]) if ahead else None
+            allowed = partial(mask.allowed, tokens, seen, seen + size, ahead)
+            out.append(watch(view, policy, query[:, :, block], allowed, options, extra))
+            done, seen = done + size, seen + size
+            if policy.evicts and seen % self.update_interval == 0:
+                self._decide(view)
+            if tokens is not self.tokens:
+                self.tokens.recount()
+        self.seen[first:last] = [seen] * (last - first)
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _decide(self, view: LayerView) -> None:
+        view.tokens.keep(self.policy.decide(view))
+        fractions = (view.tokens.lengths.float().mean(1) / view.seen).tolist()
+        for row, fraction in zip(range(*view.rows), fractions, strict=True):
+            self.updates[row] += 1
+            self.kept[row] += fraction
+
+    # -- rows ------------------------------------------------------------------------------------------------
+
+    def select_rows(self, index: Tensor) -> None:
+        """Continue with the rows ``index`` [B'], which may repeat."""
+        if self.is_initialized:
+            self.policy.check_rows(len(self.seen), index.tolist())
+            self.tokens = self.tokens.select(index)
+            for name in ("seen", "updates", "kept"):
+                old = getattr(self, name)
+                setattr(self, name, [old[i] for i in index.tolist()])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Continue with some of the rows."""
+        self.select_rows(torch.arange(len(self.seen))[indices.cpu()])
+
+    def clear_rows(self, rows: Tensor) -> None:
+        """Let the rows [M] start a new sequence; the counts of decisions go on."""
+        if self.is_initialized:
+            self.tokens.clear(rows.to(self.tokens.lengths.device))
+            for row in rows.tolist():
+                self.seen[row] = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Continue with each row ``repeats`` times."""
+        self.select_rows(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything, the batch's shape included."""
+        if self.is_initialized:
+            del self.tokens
+        self.total, self.is_initialized, self._pending = 0, False, None
+        self.seen, self.updates, self.kept = [], [], []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: evictions cannot be undone.
+
+        Raises:
+            CacheError: always, unless nothing is to be removed.
+        """
+        if tokens_to_remove:
+            raise CacheError(
+                "a MemoryCache cannot be cropped: what was evicted cannot come back; fork it before instead"
+            )
+
+
+def _runs(points: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows [first, last) that are at the same point: equal entries of ``points``."""
+    first = 0
+    for last in range(1, len(points) + 1):
+        if last == len(points) or points[last] != points[first]:
+            yield first, last
+            first = last

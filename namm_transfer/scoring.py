@@ -1,0 +1,138 @@
+"""What every policy is: it may watch attention, it scores tokens, and the lowest scores are evicted.
+
+Shape legend: R rows of a run, K KV heads, N retained tokens (the fullest head's), t queries of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from namm_transfer.errors import BudgetError, ConfigError
+from namm_transfer.store import TokenStore
+
+__all__ = ["LayerView", "Policy", "check_budget", "check_count", "recent"]
+
+Budget = int | float
+
+
+@dataclass
+class LayerView:
+    """What a policy sees of one layer: the retained tokens of some rows, all at the same point of their sequences.
+
+    Attributes:
+        tokens: the store; ``tokens["positions"]`` is [R, K, N], and so is every field the policy declared.
+        layer: the layer's number.
+        rows: the rows' numbers in the batch, [start, stop).
+        seen: tokens that have existed; the newest has position ``seen - 1``.
+        queries: queries observed before the present tile; equals ``seen`` at decisions of causal models.
+        interval: queries between two decisions.
+    """
+
+    tokens: TokenStore
+    layer: int
+    rows: tuple[int, int]
+    seen: int
+    queries: int
+    interval: int
+
+    def valid(self) -> Tensor:
+        """[R, K, N] bool: the place holds a token."""
+        return self.tokens.valid()
+
+    def age(self) -> Tensor:
+        """[R, K, N] int: places from the newest retained token (0) towards the oldest; negative for padding."""
+        index = torch.arange(self.tokens.width, device=self.tokens.lengths.device)
+        return self.tokens.lengths.unsqueeze(-1) - 1 - index
+
+
+def check_budget(budget: Any, *, optional: bool = False) -> Budget | None:
+    """A budget as it may be given: int for tokens, float for a fraction of the tokens seen.
+
+    Raises:
+        BudgetError: it is missing, of another type, or out of range.
+    """
+    if budget is None and optional:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise BudgetError(f"a budget is an int (tokens) or a float (fraction of the tokens seen); got {budget!r}")
+    if isinstance(budget, int) and budget < 1:
+        raise BudgetError(f"a budget in tokens must be at least 1; got {budget}")
+    if isinstance(budget, float) and not (math.isfinite(budget) and 0 < budget <= 1):
+        raise BudgetError(f"a budget as a fraction must lie in (0, 1]; got {budget}")
+    return budget
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an int of at least {least}; got {value!r}")
+
+
+def recent(view: LayerView, scores: Tensor, count: int) -> Tensor:
+    """Lift the ``count`` newest tokens above every score."""
+    return scores.masked_fill(view.age() < count, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """A policy holds settings only; all state is in the memory, so that one policy serves any number of caches.
+
+    Attributes:
+        budget: tokens a head may keep after a decision: int, or float for a fraction of the tokens seen.
+    """
+
+    name: ClassVar[str]
+    observes: ClassVar[bool] = False
+    """The policy must see attention probabilities."""
+    evicts: ClassVar[bool] = True
+    """The policy ever decides; if not, the memory keeps everything."""
+
+    budget: Budget | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State per token: name -> trailing shape and type; new tokens start at zero."""
+        return {}
+
+    def check_rows(self, rows: int, chosen: list[int] | None = None) -> None:  # noqa: B027 (optional)
+        """Raise ConfigError if the policy cannot serve a batch of ``rows`` rows, or one remade of the ``chosen``."""
+
+    def observe(self, view: LayerView, attn: Tensor) -> None:  # noqa: B027 (optional: not every policy looks)
+        """Take note of a tile of attention, [R, K, t, N]: float32, averaged over the query heads of a KV head.
+
+        A tile never crosses the end of a hop of 16 queries, unless it begins and ends with one.
+        """
+
+    @abstractmethod
+    def scores(self, view: LayerView) -> Tensor:
+        """[R, K, N] float32; higher is kept longer. Values of padding mean nothing."""
+
+    def decide(self, view: LayerView) -> Tensor:
+        """[R, K, N] bool: the tokens to retain. By rank within the budget; the newest token always stays."""
+        return self.rank(view, self.scores(view))
+
+    def allowance(self, view: LayerView) -> int:
+        """The budget in tokens at this decision."""
+        budget = check_budget(self.budget)
+        tokens = round(budget * view.seen) if isinstance(budget, float) else budget
+        return max(1, min(int(tokens or 1), view.seen))
+
+    def rank(self, view: LayerView, scores: Tensor) -> Tensor:
+        """Each head's best tokens within the budget; between equal scores the newer stays."""
+        allowance = self.allowance(view)
+        ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
+        order = torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)[..., :allowance]
+        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked.shape[-1] - 1 - order, True)
+        return chosen & view.valid()
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as plain values, to be written beside results and saved memories."""
+        return {"name": self.name, "budget": self.budget}

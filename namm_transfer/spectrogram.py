@@ -1,0 +1,68 @@
+"""Attention columns as sound: the windowed spectrum of how much a token is attended to over time.
+
+Shape legend: K KV heads, N retained tokens, T frames, S = 16 T query rows; leading dimensions are free.
+
+Source: Cetin et al., "An Evolved Universal Transformer Memory", section 3.2; DESIGN.md section 3, steps 2 to 4.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis"]
+
+HOP = 16
+"""Queries between two frames."""
+WINDOW = 32
+"""Queries in a frame: the previous hop and the present one."""
+BINS = WINDOW // 2 + 1
+"""Values of a one-sided spectrum."""
+DECAY = 0.99**HOP
+"""What a hop leaves of the moving average: gamma = 0.99 per query, applied once per frame."""
+
+
+@cache
+def _basis64() -> Tensor:
+    n = torch.arange(WINDOW, dtype=torch.float64)
+    window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / WINDOW)  # periodic Hann
+    angle = 2 * math.pi * torch.outer(torch.arange(BINS, dtype=torch.float64), n) / WINDOW
+    return torch.cat([torch.cos(angle), -torch.sin(angle)]) * window
+
+
+@cache
+def basis(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The window and the one-sided DFT folded into one matrix, [HOP, 2 * 2 * BINS].
+
+    A hop of 16 values times it gives what the hop adds to a frame as its first half, then as its second half; of
+    each the real parts, then the imaginary ones.
+    """
+    first, second = _basis64().split(HOP, dim=1)
+    return torch.cat([first, second]).T.contiguous().to(device=device, dtype=dtype)
+
+
+def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold whole hops of attention rows into the moving average of the spectrum.
+
+    Args:
+        ema: [..., N, BINS] the average so far; zeros for a new token.
+        previous: [..., N, HOP] the rows of the hop before; zeros before the first hop.
+        rows: [..., S, N] attention of S = T * HOP new queries over the tokens; zeros where a token did not exist.
+
+    Returns:
+        The average after the T frames, [..., N, BINS], and the last hop's rows, [..., N, HOP].
+    """
+    columns = torch.cat([previous, rows.transpose(-1, -2)], dim=-1)  # [..., N, HOP + S]
+    # a frame is two neighbouring hops, so each hop is transformed once, as a first and as a second half
+    halves = columns.reshape(-1, HOP) @ basis(rows.device)  # [M, 2 * 2 * BINS]
+    first, second = halves.view(*columns.shape[:-1], -1, 4 * BINS).split(2 * BINS, dim=-1)
+    spectrum = first[..., :-1, :] + second[..., 1:, :]  # [..., N, T, 2 * BINS]
+    magnitude = torch.hypot(spectrum[..., :BINS], spectrum[..., BINS:])
+    count = magnitude.shape[-2]
+    # E <- DECAY * E + (1 - DECAY) * |X_t|, unrolled over the T frames at once
+    weights = DECAY ** torch.arange(count - 1, -1, -1, device=rows.device, dtype=torch.float32)
+    folded = torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY))
+    return DECAY**count * ema + folded, columns[..., -HOP:].contiguous()

@@ -1,0 +1,87 @@
+"""The picture lights what is retained and dims what is not, and the counts are those of the memory."""
+
+import io
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from namm_transfer import policy
+from namm_transfer.errors import ConfigError, VideoError
+from namm_transfer.eval.inspect import inspect, picture
+from namm_transfer.eval.video import decode
+
+
+def config(task, kind, **more):
+    settings = {"_target_": f"namm_transfer.eval.video_tasks.{kind}", **asdict(task)}
+    base = {
+        "task": settings,
+        "policy": {"name": "streaming", "budget": 0.25, "sinks": 4},
+        "clip": 0,
+        "frames": 4,
+        "seed": 0,
+    }
+    return base | more
+
+
+def test_retained_tokens_land_on_their_frames_and_patches(qa):
+    frames = decode(qa.clip_path(0)).frames
+    retained = qa.retained(frames, policy("streaming", budget=257, sinks=17))
+    assert retained.shape == (6, 2, 64, 4, 4)
+    # 1,024 visual tokens behind one <bos>; the last decision falls after token 1,024, of which 17 sinks and the
+    # newest 240 stay; then comes one more. Sinks: <bos> and the 16 patches of frame 0.
+    flat = retained.reshape(6, 2, -1)
+    assert flat[:, :, :16].all()
+    assert not flat[:, :, 16:783].any()
+    assert flat[:, :, 783:].all()
+    assert (qa.retained(frames, policy("full"))).all()
+
+
+def test_encoder_patches_are_counted_without_the_class_token(motion):
+    frames = decode(motion.clip_path(1)).frames
+    assert motion.retained(frames, policy("full")).all()
+    half = motion.retained(frames, policy("key_norm", budget=0.5))
+    assert half.shape == (4, 4, 16, 4, 4)
+    assert np.all(np.abs(half.sum(axis=(2, 3, 4)) - 128) <= 1)
+
+
+@pytest.mark.parametrize("kind", ["ShapesQA", "Motion"])
+def test_inspect_writes_picture_counts_and_provenance(request, tmp_path, kind):
+    task = request.getfixturevalue({"ShapesQA": "qa", "Motion": "motion"}[kind])
+    inspect(config(task, kind), tmp_path / "out", Console(file=io.StringIO()))
+    counts = json.loads((tmp_path / "out" / "retained.json").read_text())
+    assert sum(map(sum, counts["retained_by_layer_and_head"])) == counts["retained"]
+    assert sum(map(sum, counts["retained_by_layer_and_time_step"])) == counts["retained"]
+    assert 0.2 < counts["kept_fraction"] < 0.3
+    assert (tmp_path / "out" / "retained.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "provenance.json").is_file()
+
+
+def test_the_picture_is_bright_exactly_where_tokens_are_retained(tmp_path):
+    from matplotlib import image
+
+    frames = np.full((2, 64, 64, 3), 255, np.uint8)
+    retained = np.zeros((1, 1, 2, 2, 2), bool)
+    retained[0, 0, :, 0, 0] = True
+    shades = {}
+    for name, kept in {"some": retained, "none": retained & False, "all": ~(retained & False)}.items():
+        picture(frames, kept, 2, "", tmp_path / f"{name}.png")
+        pixels = image.imread(tmp_path / f"{name}.png")[..., 0]
+        shades[name] = int((np.abs(pixels - 0.2) < 0.01).sum())  # dimmed white
+    assert shades["all"] < 100
+    assert shades["none"] > 1000
+    assert shades["some"] / shades["none"] == pytest.approx(0.75, abs=0.03)
+
+
+def test_bad_clips_and_counts_are_refused(motion, tmp_path):
+    console = Console(file=io.StringIO())
+    for change, kind, message in [
+        ({"clip": 24}, ConfigError, "clip is 24; expected 0 to 23"),
+        ({"clip": str(tmp_path / "none.mp4")}, VideoError, "no such file"),
+        ({"frames": 33}, ConfigError, "frames is 33; expected an integer from 1 to 32"),
+    ]:
+        with pytest.raises(kind, match=message):
+            inspect(config(motion, "Motion", **change), tmp_path / "out", console)
+    assert not (tmp_path / "out").exists()

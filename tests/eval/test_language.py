@@ -1,0 +1,135 @@
+"""The language task and the table of policies at equal budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from namm_transfer import policy
+from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.eval.language import samples
+from namm_transfer.eval.language.compare import compare, markdown
+from namm_transfer.eval.language.samples import LanguageSamples
+from namm_transfer.eval.results import Row
+from namm_transfer.evolution.hosts import LanguageHost
+from namm_transfer.evolution.tasks import KINDS
+from namm_transfer.evolution.text import Document
+
+MODEL = {"path": "tiny", "update_interval": 32, "device": "cpu"}
+SETTINGS: dict[str, Any] = {
+    "name": "language/test",
+    "model": MODEL,
+    "kinds": tuple(KINDS),
+    "repeats": 1,
+    "context_tokens": 300,
+    "questions": 1,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch, llama: Callable[..., PreTrainedModel]) -> LanguageSamples:
+    rng = np.random.default_rng(0)
+    documents = tuple(
+        Document(f"d{i}", " ".join(f"The {w} came {n} times." for w, n in zip(words, range(60), strict=True)))
+        for i, words in enumerate(rng.choice(["stone", "river", "market", "paper"], (2, 60)))
+    )
+    monkeypatch.setattr(samples, "load_host", lambda path: LanguageHost(path, llama(), byte_tokenizer()))
+    monkeypatch.setattr(samples, "load_documents", lambda split: documents)
+    return LanguageSamples(**SETTINGS)
+
+
+def test_units_cover_documents_and_kinds(task: LanguageSamples) -> None:
+    units = task.units(0)
+    assert len(units) == len({unit.id for unit in units}) == 2 * len(KINDS)
+    assert {unit.cluster for unit in units} == {"d0", "d1"}
+    one, same, other = (task.sample(units[0], seed).input_ids for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_outcomes_are_the_models_own_likelihoods(task: LanguageSamples, llama: Callable[..., PreTrainedModel]) -> None:
+    units = task.units(0)
+    for unit, outcome in zip(units, task.evaluate(units, policy("full"), 0), strict=True):
+        sample = task.sample(unit, 0)
+        logits = llama(attention="eager")(sample.input_ids[None]).logits[0].log_softmax(-1)
+        expected = logits[sample.targets - 1, sample.input_ids[sample.targets]].mean()
+        assert outcome.score == pytest.approx(float(expected), abs=1e-5)
+        assert outcome.kept_fraction == 1.0
+
+
+def test_a_budget_is_kept(task: LanguageSamples) -> None:
+    outcomes = list(task.evaluate(task.units(0)[:2], policy("h2o", budget=0.25), 0))
+    assert all(outcome.kept_at_updates == pytest.approx(0.25, abs=0.02) for outcome in outcomes)
+
+
+def test_settings_are_checked(task: LanguageSamples) -> None:
+    with pytest.raises(ConfigError, match="needle'"):
+        LanguageSamples(**SETTINGS | {"kinds": ("needle",)})
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        LanguageSamples(**SETTINGS | {"model": MODEL | {"update_interval": 100}})
+    with pytest.raises(ConfigError, match="repeats"):
+        LanguageSamples(**SETTINGS | {"repeats": 0})
+    with pytest.raises(ConfigError, match="window"):
+        list(task.evaluate(task.units(0), "window", 0))
+
+
+def rows(column: str, scores: list[float], budget: float | None = 0.5) -> list[Row]:
+    return [
+        Row(
+            task="language/test",
+            policy=column,
+            unit=str(i),
+            cluster=f"d{i // 2}",
+            seed=0,
+            status="ok",
+            metric="log_likelihood_per_token",
+            score=score,
+            kept_at_updates=1.0 if column == "full" else 0.5,
+            budget=budget,
+            detail={"kind": "needles" if i % 2 else "recall", "token_accuracy": 0.25},
+        )
+        for i, score in enumerate(scores)
+    ]
+
+
+def test_losses_are_paired_and_clustered() -> None:
+    full = rows("full", [-1.0, -2.0, -3.0, -4.0], budget=None)
+    namm, h2o = rows("namm-0.5", [-1.5, -2.5, -3.5, -4.5]), rows("h2o-0.5", [-2.0, -3.0, -5.0, -6.0])
+    threshold = rows("namm", [-1.0, -2.0, -3.0, -5.0], budget=None)
+    lines = compare([*full, *h2o, *namm, *threshold])
+    assert [line.policy for line in lines] == ["namm-0.5", "h2o-0.5", "namm"]
+    first, second, third = lines
+    assert (first.loss.value, first.loss.low, first.loss.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert first.ahead is None
+    assert third.ahead is None
+    assert second.ahead is not None
+    assert second.ahead.value == pytest.approx(1.0)  # 0.5 in one document, 1.5 in the other
+    # two clusters, residuals of -1 and +1 over four units: t(1) = 12.706, standard error sqrt(2 * 2) / 4
+    assert second.ahead.high - second.ahead.value == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert third.by_kind == pytest.approx({"recall": 0.0, "needles": -0.5})
+    table = markdown(lines)
+    assert "| h2o-0.5 | 0.5 | 0.500 | -1.50 [" in table
+    assert "| namm | threshold | 0.500 |" in table
+
+
+def test_rows_that_do_not_pair_are_refused() -> None:
+    full = rows("full", [-1.0, -2.0], budget=None)
+    with pytest.raises(DataError, match="h2o"):
+        compare([*full, *rows("h2o", [-1.0])])
+    with pytest.raises(DataError, match="full"):
+        compare(rows("h2o", [-1.0]))

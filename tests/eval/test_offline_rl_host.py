@@ -1,0 +1,112 @@
+"""The packaged decision transformer loads, plays, and a damaged one is refused with a clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from namm_transfer.errors import CheckpointError
+from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, load_host, save_host
+from namm_transfer.eval.offline_rl.measure import measure_agent
+from namm_transfer.eval.offline_rl.rollout import RandomAgent, make_envs
+from namm_transfer.eval.offline_rl.window import WindowAgent
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PACKAGED_HOST, tmp_path / "host"))
+
+
+def test_packaged_host_is_complete_and_small() -> None:
+    model, normalisation = load_host()
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert normalisation.env_id == "Hopper-v5"
+    assert model.config.max_ep_len >= 1000
+    assert normalisation.behaviour.n >= 50
+    assert normalisation.random.n >= 50
+    assert sum(file.stat().st_size for file in PACKAGED_HOST.iterdir()) < 3e6
+
+
+def test_recorded_return_is_at_least_seventy_percent_of_the_behaviour_policys() -> None:
+    recorded = json.loads((PACKAGED_HOST / "training.json").read_text())["return_raw"]
+    assert recorded["window"]["n"] >= 50
+    assert recorded["window"]["mean"] >= 0.7 * recorded["behaviour"]["mean"]
+    _, normalisation = load_host()
+    assert normalisation.behaviour.mean == recorded["behaviour"]["mean"]
+
+
+def test_packaged_host_beats_the_random_policy() -> None:
+    model, normalisation = load_host()
+    seeds = [1, 2]
+    env_id = normalisation.env_id
+    agents = (
+        WindowAgent(model, normalisation, 2),
+        RandomAgent(make_envs(env_id, 2), np.random.default_rng(0)),
+    )
+    host, random = (measure_agent(agent, env_id, seeds, 2, progress=False) for agent in agents)
+    for ours, floor in zip(host, random, strict=True):
+        assert ours.seed == floor.seed
+        assert ours.return_raw > 5 * floor.return_raw
+        assert ours.length > floor.length
+
+
+def test_saved_host_loads_again(tmp_path: Path) -> None:
+    model, normalisation = load_host()
+    save_host(tmp_path / "again", model, normalisation)
+    again, same = load_host(tmp_path / "again")
+    assert same == normalisation
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "normalisation.json"])
+def test_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=f"has no {name}"):
+        load_host(copy)
+
+
+def test_truncated_weights_are_refused(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="no readable decision transformer"):
+        load_host(copy)
+
+
+def test_absent_tensor_is_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["embed_state.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"embed_state\.weight"):
+        load_host(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state_std": [1.0] * 10}, "11 values and state_std 10"),
+        ({"state_std": [0.0] * 11}, "finite and positive"),
+        ({"state_mean": [0.0] * 17, "state_std": [1.0] * 17}, "the model takes 11"),
+        ({"window": 0}, "window is 0"),
+        ({"random": {"mean": 1.0}}, "no normalisation record"),
+        ({"unit": "cm"}, "no normalisation record"),
+    ],
+)
+def test_wrong_normalisation_is_refused(copy: Path, change: dict, message: str) -> None:
+    path = copy / "normalisation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_host(copy)
+
+
+def test_normalisation_that_is_no_json_is_refused(copy: Path) -> None:
+    (copy / "normalisation.json").write_text("state_mean:")
+    with pytest.raises(CheckpointError, match="no normalisation record"):
+        load_host(copy)

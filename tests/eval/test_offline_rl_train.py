@@ -1,0 +1,161 @@
+"""Training: windows are cut right, settings are checked, an interrupted run goes on as if it had not been."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from namm_transfer.errors import CheckpointError, ConfigError, DataError
+from namm_transfer.eval.offline_rl import train
+from namm_transfer.eval.offline_rl.batches import WindowSampler
+from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, train_behaviour
+from namm_transfer.eval.offline_rl.collect import CollectionConfig
+from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
+from namm_transfer.eval.offline_rl.train import TrainingConfig
+
+
+def make_episode(length: int) -> Episode:
+    draw = np.random.default_rng(length).standard_normal
+    observations, actions = draw((length, 4), np.float32), draw((length, 2), np.float32)
+    return Episode(length, observations, actions, draw(length), terminated=False, truncated=True)
+
+
+EPISODES = [make_episode(length) for length in (3, 30, 50)]
+
+
+def test_windows_hold_the_episodes_own_values() -> None:
+    sampler = WindowSampler(EPISODES, return_scale=10.0, start_fraction=0.25)
+    batch = sampler.batch(200, 8, np.random.default_rng(0))
+    by_action = {e.actions[t].tobytes(): (e, t) for e in EPISODES for t in range(e.length)}
+    found = set()
+    for row in range(200):
+        kept = int(batch.mask[row].sum())
+        assert batch.mask[row, :kept].all(), "the padding is not on the right"
+        episode, start = by_action[batch.actions[row, 0].numpy().tobytes()]
+        assert kept == min(8, episode.length - start)
+        span = slice(start, start + kept)
+        np.testing.assert_array_equal(batch.timesteps[row, :kept], np.arange(start, start + kept))
+        np.testing.assert_array_equal(batch.actions[row, :kept], episode.actions[span])
+        states = batch.states[row, :kept].numpy() * sampler.std + sampler.mean
+        np.testing.assert_allclose(states, episode.observations[span], atol=1e-5)
+        to_go = batch.returns_to_go[row, :kept, 0].numpy() * 10
+        np.testing.assert_allclose(to_go, episode.returns_to_go()[span], atol=1e-4)
+        found.add((episode.seed, start))
+    assert {(50, 0), (50, 42)} <= found, "an episode's first or last window was never drawn"
+    assert len({seed for seed, _ in found}) == 3
+
+
+def test_states_are_normalised() -> None:
+    sampler = WindowSampler(EPISODES, return_scale=1.0, start_fraction=0.0)
+    np.testing.assert_allclose(sampler.states.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(sampler.states.std(0), 1, atol=1e-4)
+
+
+def test_no_episodes_no_sampler() -> None:
+    with pytest.raises(DataError, match="no episodes"):
+        WindowSampler([], 1.0, 0.0)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    save_episodes(tmp_path / "data.npz", EPISODES)
+    return TrainingConfig(
+        policy=tmp_path / "policy.zip",
+        episodes=(tmp_path / "data.npz",),
+        folder=tmp_path / "run",
+        host=tmp_path / "host",
+        steps=6,
+        contexts=((4, 0.5), (16, 0.5)),
+        timesteps_per_step=64,
+        warmup_steps=2,
+        hidden_size=16,
+        layers=1,
+        max_episode_length=50,
+        checkpoint_every=2,
+    )
+
+
+def test_resumed_run_equals_an_uninterrupted_one(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = WindowSampler(EPISODES, config.return_scale, config.start_fraction)
+    whole, losses, _ = train._fit(config, sampler, progress=False)
+    interrupted = replace(config, folder=config.folder / "interrupted")
+    steps = 0
+
+    def stop_in_step_five(*arguments: object) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise KeyboardInterrupt
+        return action_loss(*arguments)
+
+    action_loss = train.action_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "action_loss", stop_in_step_five)
+        with pytest.raises(KeyboardInterrupt):
+            train._fit(interrupted, sampler, progress=False)
+    resumed, resumed_losses, _ = train._fit(interrupted, sampler, progress=False)
+    assert resumed_losses == losses
+    assert [row["step"] for row in losses] == [2, 4, 6]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_checkpoint_of_other_settings_is_refused(config: TrainingConfig) -> None:
+    sampler = WindowSampler(EPISODES, config.return_scale, config.start_fraction)
+    train._fit(config, sampler, progress=False)
+    with pytest.raises(CheckpointError, match="other settings"):
+        train._fit(replace(config, learning_rate=0.5), sampler, progress=False)
+    train._fit(replace(config, target_return=1.0), sampler, progress=False)  # only measured with, not trained with
+
+
+def test_training_leaves_the_global_generator_alone(config: TrainingConfig) -> None:
+    before = torch.get_rng_state()
+    train._fit(config, WindowSampler(EPISODES, 1.0, 0.0), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero(config: TrainingConfig) -> None:
+    config = replace(config, steps=100, warmup_steps=10)
+    rates = [train.learning_rate_at(step, config) / config.learning_rate for step in range(100)]
+    assert rates[0] == pytest.approx(0.1, abs=1e-3)
+    assert max(rates) > 0.95
+    assert np.argmax(rates) == 9
+    assert rates[-1] < 1e-3
+
+
+def test_episode_longer_than_the_model_is_refused(config: TrainingConfig) -> None:
+    with pytest.raises(ConfigError, match="50 timesteps; max_episode_length is 49"):
+        train.train_decision_transformer(replace(config, max_episode_length=49), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"contexts": ((20, 0.5),)}, {"contexts": ((0, 1.0),)}, {"contexts": ()}, {"steps": 0}]
+)
+def test_impossible_settings_are_refused(config: TrainingConfig, change: dict) -> None:
+    with pytest.raises(ConfigError):
+        replace(config, **change)
+
+
+def test_behaviour_and_collection_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="timesteps is 0"):
+        BehaviourConfig(output=tmp_path, timesteps=0)
+    with pytest.raises(ConfigError, match="noise_levels"):
+        CollectionConfig(policy=tmp_path, output=tmp_path, noise_levels=(0.1, 0.1))
+    with pytest.raises(ConfigError, match="num_envs is 0"):
+        CollectionConfig(policy=tmp_path, output=tmp_path, num_envs=0)
+
+
+def test_behaviour_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    config = BehaviourConfig(output=tmp_path)
+    (tmp_path / "config.json").write_text('{"env_id": "Walker2d-v5"}')
+    with pytest.raises(ConfigError, match="other values of env_id"):
+        train_behaviour(config, progress=False)
+
+
+def test_missing_behaviour_policy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no behaviour policy at .*policy\.zip"):
+        load_behaviour(tmp_path / "policy.zip")

@@ -1,0 +1,113 @@
+"""Motion clips and the packaged video encoder."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE, make_clip, render
+from namm_transfer.eval.video_classification.evaluate import accuracy_by_motion
+from namm_transfer.eval.video_classification.host import (
+    PACKAGED,
+    VideoEncoderProcessor,
+    build_model,
+    load_host,
+    save_host,
+)
+from namm_transfer.eval.video_classification.packaged import packaged_clips
+
+SEEDS = range(64)
+
+
+def test_a_seed_is_a_clip() -> None:
+    np.testing.assert_array_equal(render(make_clip(9)), render(make_clip(9)))
+    assert not np.array_equal(render(make_clip(9)), render(make_clip(17)))
+
+
+def test_any_block_of_seeds_is_balanced() -> None:
+    assert set(Counter(make_clip(seed).motion for seed in range(100, 148)).values()) == {6}
+
+
+def _turning(path: np.ndarray) -> float:
+    """Signed area the path sweeps around its middle; positive is clockwise where y grows downwards."""
+    x, y = (path - path.mean(axis=0)).T
+    return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pixels_move_as_labelled(seed: int) -> None:
+    clip = make_clip(seed)
+    frames = render(clip).astype(int)
+    # The brightest channel tells every colour from the dark background.
+    lit = frames.max(axis=-1) > 140
+    path = np.stack([np.argwhere(mask).mean(axis=0)[::-1] for mask in lit])
+    travelled, spread = path[-1] - path[0], np.ptp(path, axis=0)
+    if clip.motion == "still":
+        assert spread.max() < 0.5
+    elif clip.motion in ("left", "right", "up", "down"):
+        wanted = np.array({"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[clip.motion])
+        assert travelled @ wanted > 20 and abs(travelled @ wanted[::-1]) < 2
+    elif clip.motion == "bouncing":
+        assert spread[0] < 2 and spread[1] > 15
+        assert np.sum(np.diff(np.sign(np.diff(path[:, 1].round(1)))) != 0) >= 3
+    else:
+        assert spread.min() > 10
+        assert (_turning(path) > 0) == (clip.motion == "clockwise")
+
+
+def test_the_shape_stays_in_sight() -> None:
+    for seed in SEEDS:
+        clip = make_clip(seed)
+        assert clip.path.min() >= 0 and clip.path.max() <= SIDE
+
+
+def test_no_single_frame_tells_the_motion() -> None:
+    """Middle frames of all classes look alike: the mean place of the shape is near the middle for each."""
+    for motion in MOTIONS:
+        places = [make_clip(seed).path[FRAMES // 2] for seed in range(800) if MOTIONS[seed % 8] == motion]
+        np.testing.assert_allclose(np.mean(places, axis=0), SIDE / 2, atol=10)
+
+
+@pytest.mark.parametrize("shape", [(31, 64, 64, 3), (32, 32, 64, 3), (32, 64, 64)])
+def test_processor_refuses_other_frames(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="expected uint8 frames"):
+        VideoEncoderProcessor()(np.zeros(shape, np.uint8))
+
+
+def test_saved_host_loads_as_it_was(tmp_path: Path) -> None:
+    model = build_model(1).half().float()
+    save_host(model, tmp_path)
+    loaded, processor = load_host(tmp_path)
+    assert not loaded.training and loaded.dtype == torch.float32
+    assert processor == VideoEncoderProcessor()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_missing_host_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
+        load_host(tmp_path)
+
+
+def test_manifest_faults(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no manifest"):
+        packaged_clips(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"clips": [{"file": "a.mp4", "seed": 1, "motion": "sideways"}]}')
+    with pytest.raises(DataError, match="sideways"):
+        packaged_clips(tmp_path)
+
+
+def test_packaged_clips_are_what_their_seeds_say() -> None:
+    clips = packaged_clips()
+    assert Counter(clip.motion for clip in clips) == dict.fromkeys(MOTIONS, 3)
+    assert all(clip.path.is_file() and make_clip(clip.seed).motion == clip.motion for clip in clips)
+
+
+def test_packaged_host_names_packaged_motions() -> None:
+    assert sum(file.stat().st_size for file in PACKAGED.iterdir()) < 6_000_000
+    figures = accuracy_by_motion(*load_host(), packaged_clips(), total=24)
+    assert figures["all"]["n"] == 24
+    assert figures["all"]["accuracy"] >= 0.85

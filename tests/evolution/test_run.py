@@ -1,0 +1,149 @@
+"""Around the search: fitness, the choice of the mean, the threshold; and all of it on a tiny host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from namm_transfer import NAMM, policy
+from namm_transfer.errors import DataError
+from namm_transfer.evolution import readers
+from namm_transfer.evolution.config import EvolutionConfig
+from namm_transfer.evolution.hosts import LanguageHost
+from namm_transfer.evolution.journal import Journal
+from namm_transfer.evolution.population import read_sample
+from namm_transfer.evolution.readers import Job, Outcome, Readers, draw
+from namm_transfer.evolution.run import calibrate, choose, run_evolution, standardised
+from namm_transfer.evolution.text import Document
+
+CONFIG = EvolutionConfig(
+    population=4,
+    diagonal=True,  # a full covariance of 4,172 parameters would take most of the time of these tests
+    generations=2,
+    samples=2,
+    kinds=("needles", "continuation"),
+    context_tokens=(160,),
+    questions=1,
+    update_intervals=(64,),
+    normaliser_samples=1,
+    validate_every=1,
+    validation_samples=1,
+)
+
+
+def test_every_sample_has_the_same_say() -> None:
+    order = np.array([0.0, 1.0, 2.0, 3.0])
+    steep, gentle = -10 * order, 0.1 * order
+    np.testing.assert_allclose(standardised(np.stack([steep, gentle])), np.zeros(4), atol=1e-12)
+    assert (np.diff(standardised(np.stack([steep, gentle, gentle]))) > 0).all()
+
+
+def test_a_sample_that_tells_candidates_apart_by_rounding_alone_counts_little() -> None:
+    rounding, real = np.array([[1e-4, 0, 0, 0], [0, 0, 0, 1.0]])
+    fitness = standardised(np.stack([rounding, real]))
+    assert fitness.argmax() == 3
+    assert fitness[0] - fitness[1] < 0.02
+
+
+def test_the_best_in_validation_is_chosen(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    with pytest.raises(DataError, match="nothing was validated"):
+        choose(journal)
+    for generation, of_mean, of_average in ((0, -3.0, -3.0), (5, -1.0, -2.0), (10, -2.0, -1.5), (15, -1.0, -1.2)):
+        journal.append("validation_of_average", generation=generation, difference=of_average)
+        journal.append("validation", generation=generation, difference=of_mean)
+    assert choose(journal) == (5, 0)
+    journal.append("validation_of_average", generation=20, difference=-0.5)
+    assert choose(journal) == (20, 1)
+
+
+class FixedReaders:
+    """Keeps a fraction that is a function of the last bias alone."""
+
+    def __init__(self, kept: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.kept = kept
+
+    def read(self, jobs: Sequence[Job], namm: NAMM, vectors: np.ndarray) -> list[Outcome]:
+        assert all(job.by_threshold and job.split == "train" for job in jobs)
+        return [Outcome("needles", np.zeros(len(vectors)), 0.0, self.kept(vectors[:, -1]))] * len(jobs)
+
+
+def test_the_threshold_is_shifted_to_keep_what_was_asked_for() -> None:
+    def kept(bias: np.ndarray) -> np.ndarray:
+        return np.asarray(1 / (1 + np.exp(-(bias - 0.9))))
+
+    start = NAMM.from_vector(torch.linspace(-1, 1, 4172))
+    namm, fraction = calibrate(start, CONFIG, cast(Readers, FixedReaders(kept)))
+    assert fraction == pytest.approx(CONFIG.kept_fraction, abs=0.03)
+    assert kept(namm.to_vector()[-1:].numpy())[0] == pytest.approx(fraction, abs=1e-4)
+    assert torch.equal(namm.to_vector()[:-1], start.to_vector()[:-1])
+
+
+def test_a_threshold_that_cannot_be_met_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"keeps 0\.4"):
+        calibrate(NAMM(), CONFIG, cast(Readers, FixedReaders(lambda bias: np.full(len(bias), 0.9))))
+
+
+@pytest.fixture
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    documents: tuple[Document, ...],
+) -> None:
+    """The workers are threads with a tiny host and made-up documents."""
+
+    def pool(workers: int, mp_context: object, initializer: Callable, initargs: tuple) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, initializer=initializer, initargs=initargs)
+
+    monkeypatch.setattr(readers, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(readers, "load_host", lambda name: LanguageHost("tiny", llama(layers=1), tokenizer))
+    monkeypatch.setattr(readers, "load_documents", lambda split: documents)
+    readers._maker.cache_clear()
+    readers._full.cache_clear()
+
+
+def same(folder: Path, other: Path) -> bool:
+    one, two = NAMM.from_pretrained(folder / "namm"), NAMM.from_pretrained(other / "namm")
+    return one.fingerprint() == two.fingerprint()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_whole_evolution_and_one_that_was_resumed(tmp_path: Path) -> None:
+    namm = run_evolution(CONFIG, tmp_path / "whole")
+    assert NAMM.from_pretrained(tmp_path / "whole" / "namm").fingerprint() == namm.fingerprint()
+    assert namm.feature_var.min() > 0
+    run_evolution(replace(CONFIG, generations=1), tmp_path / "parts")
+    run_evolution(CONFIG, tmp_path / "parts")
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+    # by rank the bias is without effect, by threshold it is what was calibrated
+    with Readers(CONFIG):
+        sample, condition = draw(CONFIG, Job("train", (9,), 0))
+        model = readers._host().model
+    shifted = namm.to_vector()
+    shifted[-1] += 1
+    other = NAMM.from_vector(shifted, feature_mean=namm.feature_mean, feature_var=namm.feature_var)
+    one, two = (read_sample(model, sample, policy("namm", namm=n, budget=0.3), 64) for n in (namm, other))
+    assert torch.equal(one.log_likelihood, two.log_likelihood)
+    assert condition.update_interval == 64
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_jobs_are_pure(tmp_path: Path) -> None:
+    with Readers(CONFIG) as pool:
+        vectors = np.random.default_rng(0).normal(0, 0.1, (3, 4172))
+        jobs = [Job("train", (1, i), i) for i in range(2)]
+        one, two = pool.read(jobs, NAMM(), vectors), pool.read(jobs[::-1], NAMM(), vectors)[::-1]
+    for first, second in zip(one, two, strict=True):
+        assert np.array_equal(first.difference, second.difference)
+        assert first.full == second.full
+    assert [outcome.kind for outcome in one] == ["needles", "continuation"]

@@ -1,0 +1,145 @@
+"""The commands as a user types them: what they print, write, refuse, and exit with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from namm_transfer.cli import TRAINERS, app
+from namm_transfer.network import NAMM, NUM_PARAMETERS
+
+FAKE = "task._target_=fake_task.FakeTask"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "eval")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        return CliRunner().invoke(app, list(arguments))
+
+    return call
+
+
+@pytest.fixture
+def namm(tmp_path):
+    NAMM.from_vector(torch.zeros(NUM_PARAMETERS)).save_pretrained(tmp_path / "namm")
+    return f"policy.namm={tmp_path / 'namm'}"
+
+
+def test_help_lists_every_command(run):
+    shown = run("--help").output
+    for command in ("transfer", "eval", "evolve", "train", "inspect", "bench", "report", "doctor"):
+        assert command in shown
+
+
+def test_eval_writes_a_folder_and_report_prints_it_again(run, namm, tmp_path):
+    first = run("eval", FAKE, "task.clips=2", namm, "out=run")
+    assert first.exit_code == 0, first.output
+    assert "video_qa/shapes" in first.output
+    assert "results: run" in first.output
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        *("config.yaml", "provenance.json", "rows.jsonl", "summary.json", "summary.md", "summary.png")
+    }
+    again = run("report", "run")
+    table = again.output[again.output.index("┏") :]
+    assert again.exit_code == 0
+    assert table in first.output
+
+
+def test_results_go_to_a_folder_named_after_command_and_time(run, tmp_path):
+    assert run("eval", FAKE, "task.clips=1", "policy=full").exit_code == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith("eval-20")
+
+
+def test_resume_needs_no_settings_and_refuses_others(run, tmp_path):
+    arguments = (FAKE, "task.clips=2", "task.questions=8", "policy=full")
+    assert run("eval", *arguments, "out=run").exit_code == 0
+    lines = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    (tmp_path / "run" / "rows.jsonl").write_bytes(lines[: len(lines) // 2])
+    resumed = run("eval", "--resume", "run")
+    assert resumed.exit_code == 0
+    assert "are in run already" in resumed.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["unit"] for row in rows}) == 16
+    assert run("eval", *arguments, "--resume", "run").exit_code == 0
+    other = run("eval", FAKE, "task.clips=3", "policy=full", "--resume", "run")
+    assert other.exit_code == 2
+    assert "run holds a run of another configuration: tasks.video_qa/shapes.clips is 2 there, 3 here" in other.output
+
+
+def test_interrupt_exits_130_and_says_how_to_go_on(run):
+    stopped = run("eval", FAKE, "task.clips=4", "task.questions=8", "policy=full", "+task.interrupt_after=3", "out=run")
+    assert stopped.exit_code == 130
+    assert "3 of 32 results are kept; go on with: namm-transfer eval --resume run" in stopped.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["transfer", "tasks.video_qa.clip=3"], "the nearest is 'tasks.video_qa.clips'"),
+        (["eval", "policy=h2o", "policy.budget=1.5", FAKE], "a budget as a fraction must lie in (0, 1]; got 1.5"),
+        (["eval", "policy=h2o", "policy.budget=0", FAKE], "at least 1; got 0"),
+        (["eval", "policy=h2o", "policy.budget=half", FAKE], "'half'"),
+        (["eval", "policy=h2o", "policy.budget=matched", FAKE], "needs a column 'namm' to match"),
+        (["eval", "policy=h2o", FAKE], "policy.budget has no value"),
+        (["eval", "policy.namm=nowhere", FAKE], "no NAMM 'nowhere'"),
+        (["eval", "policy=full", "task=offline_rl/hopper", "task.model.path=nowhere"], "no host model in nowhere"),
+        (["eval", "policy=full", "task.videos=nowhere"], "no manifest of packaged clips at nowhere/manifest.json"),
+        (["eval", "policy=full", FAKE, "+task.colour=3"], "cannot build the task"),
+        (["eval", "policy=full", FAKE, "seed=-1"], "seed is -1"),
+        (["eval", "--resume", "nowhere"], "nowhere holds no run"),
+        (["report", "nowhere"], "nowhere holds no run"),
+        (["inspect", "policy=full", FAKE], "has no clips to inspect"),
+        (["train", "video_lm"], "no trainer 'video_lm': the nearest is 'video_llm'"),
+        (["train", "behaviour", "outptu=x"], "'outptu' is no setting: the nearest is 'output'"),
+        (["train", "video_llm"], "out has no value"),
+        (["train", "video_encoder", "out=x", "sed=1"], "'sed' is no setting: the nearest is 'seed'"),
+        (["evolve", "evolution.populatoin=8"], "the nearest is 'evolution.population'"),
+        (["bench", "repeats=0"], "repeats is 0; expected an integer of at least 1"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(run, tmp_path, arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
+    assert result.output.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_a_corrupt_namm_file_is_refused(run, tmp_path, namm):
+    file = tmp_path / "namm" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    result = run("eval", FAKE, namm)
+    assert result.exit_code == 2
+    assert "cannot load a NAMM" in result.output
+
+
+def test_every_trainer_exists():
+    from dataclasses import is_dataclass
+    from importlib import import_module
+
+    for place, settings, function in (entry.split(":") for entry in TRAINERS.values()):
+        module = import_module(f"namm_transfer.eval.{place}")
+        assert is_dataclass(getattr(module, settings))
+        assert callable(getattr(module, function))
+
+
+def test_doctor_names_what_is_broken(run, monkeypatch):
+    from namm_transfer.eval import doctor
+
+    def broken():
+        raise OSError("no decoder [for] mp4")
+
+    monkeypatch.setattr(doctor, "_checks", lambda: [("decoder", broken), ("other", lambda: "fine")])
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "OSError: no decoder [for] mp4" in result.output
+    assert "fine" in result.output
+    monkeypatch.setattr(doctor, "_checks", lambda: [("other", lambda: "fine")])
+    assert run("doctor").exit_code == 0

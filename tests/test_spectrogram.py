@@ -1,0 +1,76 @@
+"""The spectrum of attention columns against the DFT written out, and torch's own."""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from namm_transfer.spectrogram import BINS, DECAY, HOP, WINDOW, advance
+
+
+def explicit(column: list[float], ema: list[float], previous: list[float]) -> list[float]:
+    """The moving average after a column of whole hops, in loops."""
+    series = previous + column
+    for start in range(0, len(column), 16):
+        for f in range(17):
+            x = sum(
+                series[start + n] * 0.5 * (1 - math.cos(2 * math.pi * n / 32)) * cmath.exp(-2j * math.pi * f * n / 32)
+                for n in range(32)
+            )
+            ema[f] = 0.99**16 * ema[f] + (1 - 0.99**16) * abs(x)
+    return ema
+
+
+def test_explicit_dft() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(2, 3, 5 * HOP, 4, generator=generator)
+    ema = torch.rand(2, 3, 4, BINS, generator=generator)
+    previous = torch.rand(2, 3, 4, HOP, generator=generator)
+    found, left = advance(ema, previous, rows)
+    assert torch.equal(left, rows[..., -HOP:, :].mT)
+    for i in range(2):
+        for k in range(3):
+            for n in range(4):
+                want = explicit(rows[i, k, :, n].tolist(), ema[i, k, n].tolist(), previous[i, k, n].tolist())
+                torch.testing.assert_close(found[i, k, n], torch.tensor(want), atol=2e-6, rtol=1e-5)
+
+
+def test_torch_stft() -> None:
+    rows = torch.rand(6 * HOP, 3, generator=torch.Generator().manual_seed(1))
+    padded = torch.cat([torch.zeros(HOP, 3), rows]).T
+    window = torch.hann_window(WINDOW, periodic=True)
+    spectrum = torch.stft(padded, WINDOW, HOP, window=window, center=False, return_complex=True).abs()  # [3, 17, 6]
+    want = torch.zeros(3, BINS)
+    for t in range(6):
+        want = DECAY * want + (1 - DECAY) * spectrum[..., t]
+    found, _ = advance(torch.zeros(3, BINS), torch.zeros(3, HOP), rows)
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+
+
+@given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_any_split_into_hops(cuts: list[int], seed: int) -> None:
+    rows = torch.rand(2, sum(cuts) * HOP, 5, generator=torch.Generator().manual_seed(seed))
+    whole: tuple[Tensor, Tensor] = advance(torch.zeros(2, 5, BINS), torch.zeros(2, 5, HOP), rows)
+    part = torch.zeros(2, 5, BINS), torch.zeros(2, 5, HOP)
+    for piece in rows.split([n * HOP for n in cuts], dim=1):
+        part = advance(*part, piece)
+    torch.testing.assert_close(part[0], whole[0], atol=1e-6, rtol=1e-5)
+    assert torch.equal(part[1], whole[1])
+
+
+def test_a_token_never_attended_to_stays_silent() -> None:
+    found, left = advance(torch.zeros(3, BINS), torch.zeros(3, HOP), torch.zeros(4 * HOP, 3))
+    assert not found.any()
+    assert not left.any()
+
+
+def test_constant_attention_is_the_lowest_two_bins() -> None:
+    found, _ = advance(torch.zeros(1, BINS), torch.ones(1, HOP), torch.ones(HOP, 1))
+    # a Hann window of 32 sums to 16, and its own transform has half of that at the neighbouring bin
+    want = torch.tensor([16.0, 8.0] + [0.0] * 15) * (1 - DECAY)
+    torch.testing.assert_close(found[0], want, atol=1e-5, rtol=0)

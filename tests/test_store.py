@@ -1,0 +1,130 @@
+"""The token store against lists of lists."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from namm_transfer.store import GROWTH, SLACK, TokenStore
+
+FIELDS = {"keys": ((3,), torch.float32), "positions": ((), torch.int32), "state": ((2, 2), torch.float64)}
+Model = list[list[list[tuple[int, float]]]]
+"""[row][head] -> (position, state) of each token."""
+
+
+def new_tokens(rows: int, heads: int, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tokens [rows, heads, n] whose keys tell row, head and position."""
+    row = torch.arange(rows).view(-1, 1, 1).expand_as(positions)
+    head = torch.arange(heads).view(1, -1, 1).expand_as(positions)
+    return {"keys": torch.stack([row, head, positions], -1).float(), "positions": positions.int()}
+
+
+def check(store: TokenStore, model: Model, owners: list[int]) -> None:
+    """Everything the store says must follow from the lists; ``owners`` are the rows' numbers when they were made."""
+    lengths = [[len(head) for head in row] for row in model]
+    longest = max(max(row) for row in lengths)
+    assert store.lengths.tolist() == lengths
+    assert store.width == longest
+    assert store.capacity >= longest
+    assert not store.even or {n for row in lengths for n in row} == {longest}
+    valid, keys = store.valid(), store["keys"]
+    for b, row in enumerate(model):
+        for k, head in enumerate(row):
+            n = len(head)
+            assert valid[b, k].tolist() == [True] * n + [False] * (longest - n)
+            assert store["positions"][b, k, :n].tolist() == [p for p, _ in head]
+            assert keys[b, k, :n].tolist() == [[owners[b], k, p] for p, _ in head]
+            assert store["state"][b, k, :n, 1, 0].tolist() == [s for _, s in head]
+    fields = [v for _, v in store]
+    assert store.bytes(("keys",)) == 4 * store.fields["keys"].numel()
+    assert store.bytes() == sum(v.numel() * v.element_size() for v in fields) + 8 * store.lengths.numel()
+
+
+@settings(max_examples=60)
+@given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 3))
+def test_any_history(data: st.DataObject, rows: int, heads: int) -> None:
+    store = TokenStore.empty(rows, heads, FIELDS, torch.device("cpu"))
+    model: Model = [[[] for _ in range(heads)] for _ in range(rows)]
+    owners, clock = list(range(rows)), 0
+    for _ in range(data.draw(st.integers(1, 12), "steps")):
+        step = data.draw(
+            st.sampled_from(
+                ["append", "append_part", "append_one", "keep", "keep_part", "mark", "trim", "select", "clear"]
+            )
+        )
+        rows, longest = len(model), store.width
+        rng = torch.Generator().manual_seed(data.draw(st.integers(0, 9), "seed"))
+        if step in ("append", "append_part"):
+            count = data.draw(st.integers(1, 70), "count")
+            first = data.draw(st.integers(0, rows - 1)) if step == "append_part" else 0
+            last = data.draw(st.integers(first + 1, rows)) if step == "append_part" else rows
+            store.reserve(store.width + count)
+            part = store.rows(first, last)
+            fresh = new_tokens(rows, heads, torch.arange(clock, clock + count).expand(rows, heads, -1))
+            fresh["keys"][..., 0] = torch.tensor(owners).view(-1, 1, 1)
+            part.append({k: v[first:last] for k, v in fresh.items()})
+            store.recount()
+            for row in model[first:last]:
+                for head in row:
+                    head.extend((p, 0.0) for p in range(clock, clock + count))
+            clock += count
+        elif step == "append_one":
+            moving = torch.rand(rows, generator=rng) < 0.5
+            store.reserve(store.width + 1)
+            fresh = new_tokens(rows, heads, torch.full((rows, heads, 1), clock))
+            fresh["keys"][..., 0] = torch.tensor(owners).view(-1, 1, 1)
+            store.append_one(fresh, moving)
+            for b, row in enumerate(model):
+                for head in row:
+                    if moving[b]:
+                        head.append((clock, 0.0))
+            clock += 1
+        elif step in ("keep", "keep_part") and longest:
+            first = data.draw(st.integers(0, rows - 1)) if step == "keep_part" else 0
+            part = store.rows(first, rows)
+            mask = torch.rand(rows - first, heads, part.width, generator=rng) < data.draw(st.sampled_from([0, 0.4, 1]))
+            part.keep(mask)
+            store.recount()
+            for b, row in enumerate(model[first:]):
+                for k, head in enumerate(row):
+                    head[:] = [t for i, t in enumerate(head) if mask[b, k, i]]
+        elif step == "mark" and longest:  # state written through a part lands in the store
+            first = data.draw(st.integers(0, rows - 1))
+            store.rows(first, rows, aligned=True)["state"].add_(1.0)
+            model[first:] = [[[(p, s + 1) for p, s in head] for head in row] for row in model[first:]]
+        elif step == "trim":
+            store.trim()
+            assert store.capacity <= max(store.width * GROWTH, store.width + 2 * SLACK)
+        elif step == "select":
+            index = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))
+            before, store = store, store.select(torch.tensor(index))
+            before["state"].fill_(-1.0)  # a copy: the old one may change
+            before.lengths.zero_()
+            model, owners = [[list(h) for h in model[i]] for i in index], [owners[i] for i in index]
+        elif step == "clear":
+            gone = data.draw(st.lists(st.integers(0, rows - 1), max_size=2, unique=True))
+            store.clear(torch.tensor(gone, dtype=torch.int64))
+            for b in gone:
+                model[b] = [[] for _ in range(heads)]
+        check(store, model, owners)
+
+
+def test_growth_copies_each_token_a_bounded_number_of_times() -> None:
+    store, moved = TokenStore.empty(1, 1, {"positions": ((), torch.int32)}, torch.device("cpu")), 0
+    for i in range(4000):
+        before = store.capacity
+        store.reserve(store.width + 1)
+        moved += store.width if store.capacity != before else 0
+        store.append({"positions": torch.full((1, 1, 1), i)})
+    assert moved < 4000 / (GROWTH - 1) * 1.5
+    assert store.capacity <= 4000 * GROWTH + SLACK
+
+
+def test_to_moves_everything() -> None:
+    store = TokenStore.empty(2, 1, FIELDS, torch.device("cpu"))
+    store.reserve(4)
+    store.append(new_tokens(2, 1, torch.arange(4).expand(2, 1, -1)))
+    moved = store.to("meta")
+    assert {v.device.type for _, v in moved} | {moved.lengths.device.type} == {"meta"}
+    assert (moved.width, moved.even, moved.capacity) == (store.width, store.even, store.capacity)
