@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, constants
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -201,6 +201,9 @@ class NAMM(nn.Module, PyTorchModelHubMixin, library_name="namm-transfer", tags=[
                 "'owner/name'"
             )
         try:
+            if Path(given).is_dir():  # the mix-in would print that there is no config.json: a NAMM needs none
+                file = str(Path(given) / constants.SAFETENSORS_SINGLE_FILE)
+                return cls._load_as_safetensor(cls(), file, kwargs.get("map_location", "cpu"), strict=True)
             return super().from_pretrained(given, **kwargs)
         except (SafetensorError, OSError, KeyError, RuntimeError, HFValidationError) as error:
             raise CheckpointError(f"cannot load a NAMM from {given!r}: {error}") from error
