@@ -103,7 +103,7 @@ class EncoderMemory:
         for start in range(0, count, step):
             block = order[start : start + step]
             record.attended += len(block) * tokens.lengths.double().mean(1).cpu()
-            out[:, :, block] = watch(view, self.policy, query[:, :, block], lambda a, b: _valid(tokens), options)
+            out[:, :, block] = watch(view, self.policy, query[:, :, block], lambda a, b: None, options)
             if self.policy.evicts and start + step < count:
                 tokens.keep(self.policy.decide(view))
                 record.updates += 1
@@ -152,7 +152,3 @@ class _Pass:
         self.updates = 0
         self.kept = torch.zeros(rows, dtype=torch.float64)
         self.attended = torch.zeros(rows, dtype=torch.float64)
-
-
-def _valid(tokens: TokenStore) -> Tensor | None:
-    return None if tokens.even else tokens.valid().unsqueeze(2)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
-from namm_transfer.attention import NAME, AttentionOptions, Memory, attend, expecting, tiles
+from namm_transfer.attention import NAME, AttentionOptions, Memory, expecting
 from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
 from namm_transfer.scoring import LayerView, Policy
 from namm_transfer.spectrogram import HOP
 from namm_transfer.store import TokenStore
+from namm_transfer.tiles import Context, Visible
 
 __all__ = ["LayerMemory", "check_interval", "watch"]
 
@@ -42,7 +43,7 @@ def watch(
     view: LayerView,
     policy: Policy,
     query: Tensor,
-    allowed: Callable[[int, int], Tensor | None],
+    visible: Callable[[int, int], Visible],
     options: AttentionOptions,
     ahead: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -51,7 +52,7 @@ def watch(
     Args:
         view: the layer; its counter of queries moves on.
         query: [R, H, n, D].
-        allowed: (start, stop) of a tile -> [R, K, t, N] bool, or None if the tile sees every token.
+        visible: (start, stop) of a tile -> what its queries may attend to.
         ahead: keys and values [R, K, m, D] of tokens that exist for the mask only (the rest of a bidirectional span).
 
     Returns:
@@ -61,12 +62,12 @@ def watch(
     width = view.tokens.width
     if ahead is not None:
         key, value = torch.cat([key, ahead[0]], dim=2), torch.cat([value, ahead[1]], dim=2)
-    count = query.shape[2]
-    cost = query.shape[0] * query.shape[1] * key.shape[2] * 4
+    heads, count = query.shape[1:3]
+    context = Context(key, value, view.tokens.lengths, view.tokens.even, options, count)
     observer = (lambda attn: policy.observe(view, attn[..., :width])) if policy.observes else None
     out = []
-    for start, stop in tiles(count, view.queries % HOP, cost):
-        out.append(attend(query[:, :, start:stop], key, value, allowed(start, stop), options, observer))
+    for start, stop in context.tiles(heads, count, view.queries % HOP, policy.observes):
+        out.append(context.attend(query[:, :, start:stop], visible(start, stop), observer))
         view.queries += stop - start
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
@@ -243,9 +244,9 @@ class LayerMemory(CacheLayerMixin):
                 view = LayerView(part, self.index, (first, last), seen + 1, seen, self.update_interval)
                 policy.observe(view, attn[first:last])
 
-        allowed = RunMask(mask, 0, len(steps), key.device).allowed_newest(tokens, now) & rows.view(-1, 1, 1, 1)
-        observer = observe if policy.observes else None
-        out = attend(query, tokens["keys"], tokens["values"], allowed, options, observer)
+        visible = RunMask(mask, 0, len(steps), key.device).visible_newest(tokens, now)
+        context = Context(tokens["keys"], tokens["values"], tokens.lengths, tokens.even, options, 1)
+        out = context.attend(query, visible, observe if policy.observes else None)
         out = out.masked_fill(~rows.view(-1, 1, 1, 1), 0.0)  # a row without a new token attended to nothing
         self.seen = [s + int(step) for s, step in zip(self.seen, steps, strict=True)]
         for first, last in moving:
@@ -279,8 +280,8 @@ class LayerMemory(CacheLayerMixin):
             ahead = mask.ahead(seen + size, left - size)
             span = slice(block.stop, block.stop + ahead)
             extra = (key[:, :, span], value[:, :, span]) if ahead else None
-            allowed = partial(mask.allowed, tokens, seen, seen + size, ahead)
-            out.append(watch(view, policy, query[:, :, block], allowed, options, extra))
+            visible = partial(mask.visible, tokens, seen, seen + size, ahead)
+            out.append(watch(view, policy, query[:, :, block], visible, options, extra))
             done, seen = done + size, seen + size
             if policy.evicts and seen % self.update_interval == 0:
                 self._decide(view)

@@ -17,6 +17,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from namm_transfer.errors import CacheError, UnsupportedModelError
 from namm_transfer.store import TokenStore
+from namm_transfer.tiles import Visible
 
 __all__ = ["AttentionMask", "RunMask", "from_tensor", "make_mask", "take"]
 
@@ -105,21 +106,15 @@ class RunMask:
         seen = self.mask.allowed(self.rows, index[:, :1], index[:, None, 1:])  # [R, 1, 1, left]
         return int(seen.cumprod(-1).sum(-1).max())
 
-    def allowed(self, tokens: TokenStore, begin: int, end: int, ahead: int, start: int, stop: int) -> Tensor | None:
-        """The tile of queries [start, stop) of the block of positions [begin, end), which is in the store already.
+    def visible(self, tokens: TokenStore, begin: int, end: int, ahead: int, start: int, stop: int) -> Visible:
+        """For the queries [start, stop) of the block of positions [begin, end), which is in the store already.
 
         Returns:
-            [R or 1, K or 1, t, N + ahead] bool, or None if every query sees every token.
+            A tensor is [R, K, t, N + ahead].
         """
+        if self.mask.causal:  # the block's tokens are the newest of every head
+            return end - begin - 1 - start
         device = self.rows.device
-        if self.mask.causal:
-            # the block's tokens are the newest of every head, so causality is a matter of columns
-            if tokens.even and stop - start == 1 and begin + stop == end:
-                return None
-            column = torch.arange(tokens.width, device=device)
-            lengths = tokens.lengths[:1, :1] if tokens.even else tokens.lengths
-            newest = lengths.view(*lengths.shape, 1) - (end - begin) + torch.arange(start, stop, device=device)
-            return column <= newest.unsqueeze(-1)
         count = len(self.rows)
         query = self._index(torch.arange(begin + start, begin + stop, device=device).expand(count, -1))
         key, valid = self._keys(tokens)
@@ -129,10 +124,10 @@ class RunMask:
             valid = torch.nn.functional.pad(valid, (0, ahead), value=True)
         return self.mask.allowed(self.rows, query, key) & valid.unsqueeze(2)
 
-    def allowed_newest(self, tokens: TokenStore, positions: Tensor) -> Tensor:
-        """[R, K, 1, N] bool for one query a row, at ``positions`` [R], whose token is the newest of its row."""
+    def visible_newest(self, tokens: TokenStore, positions: Tensor) -> Visible:
+        """For one query a row, at ``positions`` [R], whose token is the newest of its row; a tensor is [R, K, 1, N]."""
         if self.mask.causal:
-            return tokens.valid().unsqueeze(2)
+            return None
         key, valid = self._keys(tokens)
         return self.mask.allowed(self.rows, self._index(positions.unsqueeze(1)), key) & valid.unsqueeze(2)
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from namm_transfer import kernels
 from namm_transfer.errors import CheckpointError
 from namm_transfer.spectrogram import BINS
 
@@ -81,13 +82,16 @@ def features(recency: Tensor, ema: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos(), normalised], dim=-1)
 
 
-def scores(weights: Weights, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+def scores(
+    weights: Weights, x: Tensor, lengths: Tensor | None = None, *, precision: torch.dtype = torch.float32
+) -> Tensor:
     """Backward attention and the linear read-out (steps 6 and 7).
 
     Args:
         weights: of P = 1 network for all rows, or P = R networks, one a row.
         x: [R, K, N, F] features, oldest token first, padded at the end.
         lengths: [R, K] valid tokens of each head; None if all N are valid.
+        precision: of the backward attention's products; its softmax and all else are float32.
 
     Returns:
         [R, K, N] scores; those of padding mean nothing.
@@ -106,12 +110,23 @@ def scores(weights: Weights, x: Tensor, lengths: Tensor | None = None) -> Tensor
     flat = x.reshape(rows, heads * width, -1)
     qkv = torch.matmul(flat, weights.w_qkv) + weights.b_qkv.unsqueeze(1)
     q, k, v = qkv.view(rows, heads, width, 3 * WIDTH).split(WIDTH, dim=-1)
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scale 1 / sqrt(32)
+    attended = _causal_attention(q.to(precision), k.to(precision), v.to(precision)).float()
     update = torch.matmul(attended.reshape(rows, heads * width, WIDTH), weights.w_o) + weights.b_o.unsqueeze(1)
     residual, factor = update.split(FEATURES, dim=-1)
     out = torch.matmul(flat * (1 + factor) + residual, weights.w.unsqueeze(-1)).squeeze(-1)
     out = (out + weights.b.unsqueeze(-1)).view(rows, heads, width)
     return out.flip(2) if back is None else out.gather(2, back)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[R, K, N, 32] three times -> [R, K, N, 32], scaled by 1 / sqrt(32), without an N x N matrix."""
+    kernel = kernels.cpu() if query.device.type == "cpu" else None
+    if kernel is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    count = key.shape[2]
+    lengths = torch.full(key.shape[:2], count)
+    packed = kernel.pack(key, value)
+    return kernel.attend(query, key, value, *packed, lengths, count - 1, None, WIDTH**-0.5, 0.0, None, False)[0]
 
 
 class NAMM(nn.Module, PyTorchModelHubMixin, library_name="namm-transfer", tags=["namm", "kv-cache"]):

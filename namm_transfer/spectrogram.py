@@ -1,6 +1,6 @@
 """Attention columns as sound: the windowed spectrum of how much a token is attended to over time.
 
-Shape legend: K KV heads, N retained tokens, T frames, S = 16 T query rows; leading dimensions are free.
+Shape legend: R rows of a run, K KV heads, N retained tokens, T frames, S = 16 T queries.
 
 Source: Cetin et al., "An Evolved Universal Transformer Memory", section 3.2; DESIGN.md section 3, steps 2 to 4.
 """
@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from namm_transfer import kernels
 
 __all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis"]
 
@@ -44,25 +46,26 @@ def basis(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cat([first, second]).T.contiguous().to(device=device, dtype=dtype)
 
 
-def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold whole hops of attention rows into the moving average of the spectrum.
+def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> None:
+    """Fold whole hops of attention rows into the moving average of the spectrum, in place.
 
     Args:
-        ema: [..., N, BINS] the average so far; zeros for a new token.
-        previous: [..., N, HOP] the rows of the hop before; zeros before the first hop.
-        rows: [..., S, N] attention of S = T * HOP new queries over the tokens; zeros where a token did not exist.
-
-    Returns:
-        The average after the T frames, [..., N, BINS], and the last hop's rows, [..., N, HOP].
+        ema: [R, K, N, BINS] the average so far; zeros for a new token.
+        previous: [R, K, N, HOP] the rows of the hop before; zeros before the first hop.
+        rows: [R, K, S, N] attention of S = T * HOP new queries over the tokens; zeros where a token did not exist.
     """
-    columns = torch.cat([previous, rows.transpose(-1, -2)], dim=-1)  # [..., N, HOP + S]
+    kernel = kernels.cpu() if rows.device.type == "cpu" else None
+    if kernel is not None:
+        kernel.advance_(ema, previous, rows.contiguous(), DECAY)
+        return
+    columns = torch.cat([previous, rows.transpose(-1, -2)], dim=-1)  # [R, K, N, HOP + S]
     # a frame is two neighbouring hops, so each hop is transformed once, as a first and as a second half
     halves = columns.reshape(-1, HOP) @ basis(rows.device)  # [M, 2 * 2 * BINS]
     first, second = halves.view(*columns.shape[:-1], -1, 4 * BINS).split(2 * BINS, dim=-1)
-    spectrum = first[..., :-1, :] + second[..., 1:, :]  # [..., N, T, 2 * BINS]
+    spectrum = first[..., :-1, :] + second[..., 1:, :]  # [R, K, N, T, 2 * BINS]
     magnitude = torch.hypot(spectrum[..., :BINS], spectrum[..., BINS:])
     count = magnitude.shape[-2]
     # E <- DECAY * E + (1 - DECAY) * |X_t|, unrolled over the T frames at once
     weights = DECAY ** torch.arange(count - 1, -1, -1, device=rows.device, dtype=torch.float32)
-    folded = torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY))
-    return DECAY**count * ema + folded, columns[..., -HOP:].contiguous()
+    ema.mul_(DECAY**count).add_(torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY)))
+    previous.copy_(columns[..., -HOP:])

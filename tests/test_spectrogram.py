@@ -5,12 +5,31 @@ from __future__ import annotations
 import cmath
 import math
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from namm_transfer import kernels
 from namm_transfer.spectrogram import BINS, DECAY, HOP, WINDOW, advance
+
+
+@pytest.fixture(params=["kernel", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here runs with the compiled kernel and with torch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "cpu", lambda: None)
+    elif kernels.cpu() is None:
+        pytest.skip("no compiler")
+
+
+def advanced(ema: Tensor, previous: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `advance`, on copies, and for one head of one row too."""
+    found, left = ema.clone(), previous.clone()
+    single = ema.ndim == 2
+    advance(*(x[None, None] if single else x for x in (found, left, rows)))
+    return found, left
 
 
 def explicit(column: list[float], ema: list[float], previous: list[float]) -> list[float]:
@@ -31,7 +50,7 @@ def test_explicit_dft() -> None:
     rows = torch.rand(2, 3, 5 * HOP, 4, generator=generator)
     ema = torch.rand(2, 3, 4, BINS, generator=generator)
     previous = torch.rand(2, 3, 4, HOP, generator=generator)
-    found, left = advance(ema, previous, rows)
+    found, left = advanced(ema, previous, rows)
     assert torch.equal(left, rows[..., -HOP:, :].mT)
     for i in range(2):
         for k in range(3):
@@ -48,29 +67,30 @@ def test_torch_stft() -> None:
     want = torch.zeros(3, BINS)
     for t in range(6):
         want = DECAY * want + (1 - DECAY) * spectrum[..., t]
-    found, _ = advance(torch.zeros(3, BINS), torch.zeros(3, HOP), rows)
+    found, _ = advanced(torch.zeros(3, BINS), torch.zeros(3, HOP), rows)
     torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_any_split_into_hops(cuts: list[int], seed: int) -> None:
-    rows = torch.rand(2, sum(cuts) * HOP, 5, generator=torch.Generator().manual_seed(seed))
-    whole: tuple[Tensor, Tensor] = advance(torch.zeros(2, 5, BINS), torch.zeros(2, 5, HOP), rows)
-    part = torch.zeros(2, 5, BINS), torch.zeros(2, 5, HOP)
-    for piece in rows.split([n * HOP for n in cuts], dim=1):
-        part = advance(*part, piece)
+    rows = torch.rand(2, 1, sum(cuts) * HOP, 5, generator=torch.Generator().manual_seed(seed))
+    whole = advanced(torch.zeros(2, 1, 5, BINS), torch.zeros(2, 1, 5, HOP), rows)
+    part = torch.zeros(2, 1, 5, BINS), torch.zeros(2, 1, 5, HOP)
+    for piece in rows.split([n * HOP for n in cuts], dim=2):
+        part = advanced(*part, piece)
     torch.testing.assert_close(part[0], whole[0], atol=1e-6, rtol=1e-5)
     assert torch.equal(part[1], whole[1])
 
 
 def test_a_token_never_attended_to_stays_silent() -> None:
-    found, left = advance(torch.zeros(3, BINS), torch.zeros(3, HOP), torch.zeros(4 * HOP, 3))
+    found, left = advanced(torch.zeros(3, BINS), torch.zeros(3, HOP), torch.zeros(4 * HOP, 3))
     assert not found.any()
     assert not left.any()
 
 
 def test_constant_attention_is_the_lowest_two_bins() -> None:
-    found, _ = advance(torch.zeros(1, BINS), torch.ones(1, HOP), torch.ones(HOP, 1))
+    found, _ = advanced(torch.zeros(1, BINS), torch.ones(1, HOP), torch.ones(HOP, 1))
     # a Hann window of 32 sums to 16, and its own transform has half of that at the neighbouring bin
     want = torch.tensor([16.0, 8.0] + [0.0] * 15) * (1 - DECAY)
     torch.testing.assert_close(found[0], want, atol=1e-5, rtol=0)

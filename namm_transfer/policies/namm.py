@@ -108,9 +108,7 @@ class NAMMPolicy(Policy):
             if phase + count < HOP:
                 return
             rows = tokens["waiting"].transpose(-1, -2)
-        ema, previous = advance(tokens["ema"], tokens["previous"], rows)
-        tokens["ema"].copy_(ema)
-        tokens["previous"].copy_(previous)
+        advance(tokens["ema"], tokens["previous"], rows)
         if rows is not attn:
             tokens["waiting"].zero_()
 
@@ -129,7 +127,10 @@ class NAMMPolicy(Policy):
         else:
             vectors = self.vectors[slice(*view.rows)]
         lengths = None if view.tokens.even else view.tokens.lengths
-        return network.scores(network.unflatten(vectors.detach().float().to(device)), self.features(view), lengths)
+        weights = network.unflatten(vectors.detach().float().to(device))
+        # the attention that the features are made of is no more precise than the model
+        precision = torch.bfloat16 if view.tokens["keys"].dtype == torch.bfloat16 else torch.float32
+        return network.scores(weights, self.features(view), lengths, precision=precision)
 
     def decide(self, view: LayerView) -> Tensor:
         scores = self.scores(view)

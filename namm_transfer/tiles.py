@@ -1,0 +1,193 @@
+"""Attention in tiles that can be watched: by the compiled kernel where there is one, by torch elsewhere.
+
+Shape legend: R rows, H query heads, K KV heads, G = H / K, t queries of a tile, n queries of a block, N tokens,
+D key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from namm_transfer import kernels
+from namm_transfer.spectrogram import HOP
+
+__all__ = ["AttentionOptions", "Context", "Visible", "attend"]
+
+TILE_BYTES = 32 * 2**20
+"""Bound on the float32 attention probabilities that torch's operators make at a time."""
+OBSERVED_BYTES = 8 * 2**20
+"""Bound on those that the kernel hands to an observer: they are read at once, while they are in the cache."""
+FEW = 16
+"""Below so many queries the kernel reads keys and values as they lie, since laying them out would cost more."""
+
+Observer = Callable[[Tensor], None]
+Visible = Tensor | int | None
+"""What a tile's queries may attend to: None, every token in use; an int, all but so many of the newest for the first
+query, one more for each of the next (causality); or a bool tensor [R or 1, K or 1, t, N]."""
+
+
+class AttentionOptions:
+    """The numbers that a model's attention call carries beside its tensors."""
+
+    def __init__(self, scaling: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> None:
+        self.scaling = scaling
+        self.softcap = softcap
+        self.sinks = sinks
+
+    @property
+    def plain(self) -> bool:
+        """Neither a cap on the logits nor learned sinks: torch's own kernels compute it."""
+        return self.softcap is None and self.sinks is None
+
+
+class Context:
+    """Keys and values that some queries attend to.
+
+    Args:
+        key, value: [R, K, N, D], [R, K, N, V].
+        lengths: [R, K] int64 tokens in use, packed to the left.
+        even: every head uses all N.
+        options: of the attention call.
+        count: n, how many queries are to come.
+    """
+
+    def __init__(
+        self, key: Tensor, value: Tensor, lengths: Tensor, even: bool, options: AttentionOptions, count: int
+    ) -> None:
+        self.key = key
+        self.value = value
+        self.lengths = lengths
+        self.even = even
+        self.options = options
+        usable = key.device.type == "cpu" and key.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        self._kernel = kernels.cpu() if usable else None
+        self._packed: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._kernel is not None and count >= FEW:
+            self._packed = self._kernel.pack(key, value)
+
+    def tiles(self, heads: int, count: int, phase: int, observed: bool) -> Iterator[tuple[int, int]]:
+        """Cut ``count`` queries of H = ``heads`` heads into tiles, ends of hops in between.
+
+        Args:
+            heads, count: H, n.
+            phase: queries of an unfinished hop before the first one, in [0, 16).
+            observed: whether each tile is to be observed.
+        """
+        rows, kv_heads, width = self.key.shape[:3]
+        if self._kernel is None:
+            limit = TILE_BYTES // max(rows * heads * width * 4, 1)
+        elif observed:
+            limit = OBSERVED_BYTES // max(rows * kv_heads * width * 4, 1)
+        else:
+            limit = count + HOP
+        limit = max(1, limit // HOP) * HOP
+        start = 0
+        if phase:
+            stop = min(HOP - phase, count)
+            yield 0, stop
+            start = stop
+        whole = start + (count - start) // HOP * HOP
+        while start < whole:
+            stop = min(start + limit, whole)
+            yield start, stop
+            start = stop
+        if start < count:
+            yield start, count
+
+    def attend(self, query: Tensor, visible: Visible, observer: Observer | None) -> Tensor:
+        """Attention of one tile.
+
+        Args:
+            query: [R, H, t, D].
+            visible: which tokens each query may attend to.
+            observer: gets the probabilities averaged in float32 over each group of query heads, [R, K, t, N].
+
+        Returns:
+            [R, H, t, V].
+        """
+        if self._kernel is None:
+            return attend(query, self.key, self.value, self._allowed(query, visible), self.options, observer)
+        options, mask, lengths, ahead = self.options, None, self.lengths, None
+        if isinstance(visible, Tensor):  # it speaks for itself
+            mask = visible.expand(*visible.shape[:2], query.shape[2], self.key.shape[2]).contiguous()
+            lengths = torch.full_like(lengths, self.key.shape[2])
+        elif visible is not None:
+            ahead = visible
+        out, attn = self._kernel.attend(
+            query if query.stride(-1) == 1 else query.contiguous(),
+            self.key,
+            self.value,
+            *self._packed,
+            lengths.contiguous(),
+            ahead,
+            mask,
+            query.shape[-1] ** -0.5 if options.scaling is None else options.scaling,
+            options.softcap or 0.0,
+            None if options.sinks is None else options.sinks.float().contiguous(),
+            observer is not None,
+        )
+        if observer is not None:
+            observer(attn)
+        return out
+
+    def _allowed(self, query: Tensor, visible: Visible) -> Tensor | None:
+        """``visible`` as a tensor, or None if every query sees every place."""
+        if isinstance(visible, Tensor):
+            return visible
+        if self.even and not visible and (visible is None or query.shape[2] == 1):
+            return None
+        device = self.key.device
+        lengths = (self.lengths[:1, :1] if self.even else self.lengths).unsqueeze(-1)
+        if visible is not None:
+            lengths = lengths - visible + torch.arange(query.shape[2], device=device)
+        return torch.arange(self.key.shape[2], device=device) < lengths.unsqueeze(-1)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    options: AttentionOptions,
+    observer: Observer | None,
+) -> Tensor:
+    """Attention of one tile by torch's operators.
+
+    Args:
+        query: [R, H, t, D].
+        key, value: [R, K, N, D], [R, K, N, V].
+        allowed: [R or 1, K or 1, t, N] bool, or None if every query sees every token.
+        observer: gets the probabilities averaged in float32 over each group of query heads, [R, K, t, N].
+
+    Returns:
+        [R, H, t, V].
+    """
+    rows, heads, count, _ = query.shape
+    kv_heads, width = key.shape[1:3]
+    groups = heads // kv_heads
+    if observer is None and options.plain:
+        if allowed is not None and allowed.shape[1] not in (1, heads):
+            allowed = allowed.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, scale=options.scaling, enable_gqa=groups > 1
+        )
+    scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    grouped = query.reshape(rows, kv_heads, groups * count, -1)
+    logits = torch.matmul(grouped, key.transpose(-1, -2)).view(rows, kv_heads, groups, count, width).float() * scaling
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.unsqueeze(2), float("-inf"))
+    if options.sinks is not None:  # one more logit per head that takes probability and gives nothing
+        sink = options.sinks.float().view(1, kv_heads, groups, 1, 1).expand(rows, -1, -1, count, 1)
+        attn = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
+    else:
+        attn = logits.softmax(-1)
+    if observer is not None:
+        observer(attn.mean(2))
+    out = torch.matmul(attn.to(value.dtype).view(rows, kv_heads, groups * count, width), value)
+    return out.view(rows, heads, count, -1)
