@@ -19,6 +19,7 @@ from namm_transfer.errors import UnsupportedModelError
 from namm_transfer.layer import check_interval, watch
 from namm_transfer.masks import AttentionMask
 from namm_transfer.scoring import LayerView, Policy
+from namm_transfer.spectrogram import HOP
 from namm_transfer.stats import MemoryStats, measure
 from namm_transfer.store import TokenStore
 
@@ -89,7 +90,8 @@ class EncoderMemory:
             "values": ((value.shape[-1],), value.dtype),
             "positions": ((), torch.int32),
         }
-        tokens = TokenStore.empty(rows, key.shape[1], fields | self.policy.fields(), device)
+        state = self.policy.fields(key.dtype) | (self.policy.unfinished_fields(key.dtype) if count % HOP else {})
+        tokens = TokenStore.empty(rows, key.shape[1], fields | state, device)
         tokens.reserve(count, exact=True)
         positions = torch.arange(count, device=device, dtype=torch.int32).expand(rows, key.shape[1], -1)
         tokens.append({"keys": key[:, :, order], "values": value[:, :, order], "positions": positions})
@@ -108,7 +110,7 @@ class EncoderMemory:
                 tokens.keep(self.policy.decide(view))
                 record.updates += 1
                 record.kept += tokens.lengths.double().mean(1).cpu() / count
-        tokens.trim()
+        tokens.trim(settled=True)
         passes.append(record)
         return out
 

@@ -108,7 +108,7 @@ class LayerMemory(CacheLayerMixin):
             "positions": ((), torch.int32),
         }
         self.policy.check_rows(rows)
-        self.tokens = TokenStore.empty(rows, heads, fields | self.policy.fields(), key_states.device)
+        self.tokens = TokenStore.empty(rows, heads, fields | self.policy.fields(key_states.dtype), key_states.device)
         self.seen, self.updates, self.kept = [0] * rows, [0] * rows, [0.0] * rows
         self.is_initialized = True
 
@@ -202,6 +202,9 @@ class LayerMemory(CacheLayerMixin):
             )
         given = None if mask.padding is None else mask.padding[:, self.total : self.total + count]
         added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
+        unfinished = self.policy.unfinished_fields(key.dtype)
+        if any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
+            self.tokens.add_fields(unfinished)
         runs = list(_runs(list(zip(self.seen, added, strict=True))))
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
         if len(runs) > 1 and count <= HOP:
@@ -222,7 +225,9 @@ class LayerMemory(CacheLayerMixin):
                     streamed = self._stream(seen_by, q, k, v, options)
                     out[part].scatter_(2, places[:, None, :, None].expand_as(streamed), streamed)
         self.total += count
-        self.tokens.trim()
+        if not any(s % HOP for s in self.seen):
+            self.tokens.drop_fields(unfinished)
+        self.tokens.trim(settled=count > HOP)
         return out
 
     def _step(

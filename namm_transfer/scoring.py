@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from namm_transfer.errors import BudgetError, ConfigError
-from namm_transfer.store import TokenStore
+from namm_transfer.store import Fields, TokenStore
 
-__all__ = ["LayerView", "Policy", "check_budget", "check_count", "recent"]
+__all__ = ["Fields", "LayerView", "Policy", "check_budget", "check_count", "recent"]
 
 Budget = int | float
 
@@ -98,8 +98,12 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         check_budget(self.budget)
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State per token: name -> trailing shape and type; new tokens start at zero."""
+    def fields(self, dtype: torch.dtype) -> Fields:
+        """State per token, for keys of ``dtype``; new tokens start at zero."""
+        return {}
+
+    def unfinished_fields(self, dtype: torch.dtype) -> Fields:
+        """State per token that is there only while a hop of 16 queries is unfinished; it starts at zero."""
         return {}
 
     def check_rows(self, rows: int, chosen: list[int] | None = None) -> None:  # noqa: B027 (optional)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from namm_transfer import kernels
 
-__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis"]
+__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis", "loaded", "stored"]
 
 HOP = 16
 """Queries between two frames."""
@@ -46,19 +46,34 @@ def basis(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cat([first, second]).T.contiguous().to(device=device, dtype=dtype)
 
 
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention or spectra as the state of a memory holds them: in float16 they are scaled into its range."""
+    return (x * _scale(dtype)).to(dtype)
+
+
+def loaded(x: Tensor) -> Tensor:
+    """The float32 values of what :func:`stored` made."""
+    return x.float() / _scale(x.dtype)
+
+
+def _scale(dtype: torch.dtype) -> float:
+    # a magnitude is at most 16, and 64 Ki is where float16 ends; below, 6e-8 still has all of its 11 bits
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> None:
     """Fold whole hops of attention rows into the moving average of the spectrum, in place.
 
     Args:
-        ema: [R, K, N, BINS] the average so far; zeros for a new token.
-        previous: [R, K, N, HOP] the rows of the hop before; zeros before the first hop.
+        ema: [R, K, N, BINS] the average so far, as :func:`stored`; zeros for a new token.
+        previous: [R, K, N, HOP] the rows of the hop before, as :func:`stored`; zeros before the first hop.
         rows: [R, K, S, N] attention of S = T * HOP new queries over the tokens; zeros where a token did not exist.
     """
     kernel = kernels.cpu() if rows.device.type == "cpu" else None
     if kernel is not None:
-        kernel.advance_(ema, previous, rows.contiguous(), DECAY)
+        kernel.advance_(ema, previous, rows.contiguous(), DECAY, _scale(ema.dtype))
         return
-    columns = torch.cat([previous, rows.transpose(-1, -2)], dim=-1)  # [R, K, N, HOP + S]
+    columns = torch.cat([loaded(previous), rows.transpose(-1, -2)], dim=-1)  # [R, K, N, HOP + S]
     # a frame is two neighbouring hops, so each hop is transformed once, as a first and as a second half
     halves = columns.reshape(-1, HOP) @ basis(rows.device)  # [M, 2 * 2 * BINS]
     first, second = halves.view(*columns.shape[:-1], -1, 4 * BINS).split(2 * BINS, dim=-1)
@@ -67,5 +82,6 @@ def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> None:
     count = magnitude.shape[-2]
     # E <- DECAY * E + (1 - DECAY) * |X_t|, unrolled over the T frames at once
     weights = DECAY ** torch.arange(count - 1, -1, -1, device=rows.device, dtype=torch.float32)
-    ema.mul_(DECAY**count).add_(torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY)))
-    previous.copy_(columns[..., -HOP:])
+    folded = torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY))
+    ema.copy_(stored(DECAY**count * loaded(ema) + folded, ema.dtype))
+    previous.copy_(stored(columns[..., -HOP:], previous.dtype))

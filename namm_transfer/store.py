@@ -5,17 +5,21 @@ Shape legend: B batch rows, K KV heads, C capacity, N tokens in use by the fulle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["TokenStore"]
+__all__ = ["Fields", "TokenStore"]
 
 GROWTH = 1.25
 """A full store grows by this factor, so that appending token by token copies each token a bounded number of times."""
 SLACK = 64
 """Free places a store always takes along when it is reallocated, in tokens."""
+
+
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> trailing shape and type of what is held of each token."""
 
 
 class TokenStore:
@@ -35,9 +39,7 @@ class TokenStore:
         self.even = even
 
     @classmethod
-    def empty(
-        cls, rows: int, heads: int, fields: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
-    ) -> TokenStore:
+    def empty(cls, rows: int, heads: int, fields: Fields, device: torch.device) -> TokenStore:
         """A store without tokens; ``fields`` gives each name its trailing shape and type."""
         made = {
             k: torch.empty((rows, heads, 0, *shape), dtype=dtype, device=device) for k, (shape, dtype) in fields.items()
@@ -50,6 +52,18 @@ class TokenStore:
     def __getitem__(self, name: str) -> Tensor:
         """The places in use of one field, [B, K, N, ...]; writing into it writes into the store."""
         return self.fields[name][:, :, : self.width]
+
+    def add_fields(self, fields: Fields) -> None:
+        """Add those of the fields that are not there yet; every token's value is zero."""
+        for name, (shape, dtype) in fields.items():
+            if name not in self.fields:
+                size = (*self.lengths.shape, self.capacity, *shape)
+                self.fields[name] = torch.zeros(size, dtype=dtype, device=self.lengths.device)
+
+    def drop_fields(self, names: Iterable[str]) -> None:
+        """Forget those of the fields that are there."""
+        for name in names:
+            self.fields.pop(name, None)
 
     @property
     def capacity(self) -> int:
@@ -141,9 +155,10 @@ class TokenStore:
         self.width = width
         self.even = bool((counts == width).all())
 
-    def trim(self) -> None:
-        """Give back the memory of places that evictions have left free."""
-        if self.capacity > max(self.width * GROWTH, self.width + 2 * SLACK):
+    def trim(self, *, settled: bool) -> None:
+        """Give back the memory of free places: all but a few, or, while tokens come one by one, what is beyond growth."""
+        most = self.width + 2 * SLACK
+        if self.capacity > (most if settled else max(self.width * GROWTH, most)):
             self.reserve(self.width + SLACK, exact=True)
 
     def select(self, index: Tensor) -> TokenStore:

@@ -94,7 +94,7 @@ def test_any_history(data: st.DataObject, rows: int, heads: int) -> None:
             store.rows(first, rows, aligned=True)["state"].add_(1.0)
             model[first:] = [[[(p, s + 1) for p, s in head] for head in row] for row in model[first:]]
         elif step == "trim":
-            store.trim()
+            store.trim(settled=data.draw(st.booleans(), "settled"))
             assert store.capacity <= max(store.width * GROWTH, store.width + 2 * SLACK)
         elif step == "select":
             index = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3))

@@ -120,6 +120,15 @@ inline vf load(const at::Half* p) {
 #endif
 }
 
+inline void store(at::Half* p, vf x) {
+#ifdef __AVX512F__
+  const __m256i h = _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof(h));
+#else
+  for (int i = 0; i < LANES; ++i) p[i] = x[i];
+#endif
+}
+
 // -- packing ----------------------------------------------------------------------------------------------------------
 // A block of keys becomes the second factor of query * key^T, [D, columns]; a block of values that of probability *
 // value, [columns, V]. For bfloat16 two neighbouring rows are interleaved, as the processors' dot products want it.
@@ -608,28 +617,44 @@ inline void magnitudes(const vf* x, const Twiddles& w, vf* out) {
   }
 }
 
-// Fold whole hops of attention into the moving average of the spectrum, in place.
-//
-// ema [R, K, N, 17], previous [R, K, N, 16] float32, tokens contiguous; attn [R, K, 16 T, N] float32.
-void advance_(Tensor ema, Tensor previous, const Tensor& attn, double decay) {
+// Token-major state [n, width] to lanes [width], a token in each, and back.
+
+template <typename S>
+inline void to_lanes(const S* from, int64_t n, int64_t width, float scale, vf* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const vf row = load(from + i * width) * scale;
+    for (int64_t b = 0; b < LANES; ++b) to[b][i] = row[b];
+    if (width > LANES) to[LANES][i] = float(from[i * width + LANES]) * scale;
+  }
+}
+
+template <typename S>
+inline void from_lanes(const vf* from, int64_t n, int64_t width, float scale, S* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    vf row;
+    for (int64_t b = 0; b < LANES; ++b) row[b] = from[b][i];
+    store(to + i * width, row * scale);
+    if (width > LANES) to[i * width + LANES] = S(from[LANES][i] * scale);
+  }
+}
+
+template <typename S>
+void advance_all(Tensor& ema, Tensor& previous, const Tensor& attn, float keep, float scale) {
   const int64_t kv_heads = attn.size(1), hops = attn.size(2) / HOP, tokens = attn.size(3);
   constexpr int64_t CHUNK = 128;
   const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
   static const Twiddles w;
-  const float keep = float(decay);
   at::parallel_for(0, attn.size(0) * kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks / kv_heads, head = task / chunks % kv_heads, first = task % chunks * CHUNK;
-      float* e = ema.data_ptr<float>() + row * ema.stride(0) + head * ema.stride(1);
-      float* last = previous.data_ptr<float>() + row * previous.stride(0) + head * previous.stride(1);
+      S* e = ema.data_ptr<S>() + row * ema.stride(0) + head * ema.stride(1);
+      S* last = previous.data_ptr<S>() + row * previous.stride(0) + head * previous.stride(1);
       const float* rows = attn.const_data_ptr<float>() + (row * kv_heads + head) * attn.size(2) * tokens;
       for (int64_t c = first; c < std::min(first + CHUNK, tokens); c += LANES) {
         const int64_t n = std::min(LANES, tokens - c);
         vf average[BINS] = {}, hop[2][HOP] = {}, x[2 * HOP], found[BINS];
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t b = 0; b < BINS; ++b) average[b][i] = e[(c + i) * BINS + b];
-          for (int64_t b = 0; b < HOP; ++b) hop[1][b][i] = last[(c + i) * HOP + b];
-        }
+        to_lanes(e + c * BINS, n, BINS, 1.0f / scale, average);
+        to_lanes(last + c * HOP, n, HOP, 1.0f / scale, hop[1]);
         for (int64_t t = 0; t < hops; ++t) {
           vf *now = hop[t % 2], *before = hop[1 - t % 2];
           for (int64_t i = 0; i < HOP; ++i) {
@@ -646,13 +671,22 @@ void advance_(Tensor ema, Tensor previous, const Tensor& attn, double decay) {
           magnitudes(x, w, found);
           for (int64_t b = 0; b < BINS; ++b) average[b] = keep * average[b] + (1.0f - keep) * found[b];
         }
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t b = 0; b < BINS; ++b) e[(c + i) * BINS + b] = average[b][i];
-          for (int64_t b = 0; b < HOP; ++b) last[(c + i) * HOP + b] = hop[(hops - 1) % 2][b][i];
-        }
+        from_lanes(average, n, BINS, scale, e + c * BINS);
+        from_lanes(hop[(hops - 1) % 2], n, HOP, scale, last + c * HOP);
       }
     }
   });
+}
+
+// Fold whole hops of attention into the moving average of the spectrum, in place.
+//
+// ema [R, K, N, 17], previous [R, K, N, 16], float32 or float16, holding `scale` times their values, tokens contiguous;
+// attn [R, K, 16 T, N] float32.
+void advance_(Tensor ema, Tensor previous, const Tensor& attn, double decay, double scale) {
+  if (ema.scalar_type() == at::kHalf)
+    advance_all<at::Half>(ema, previous, attn, float(decay), float(scale));
+  else
+    advance_all<float>(ema, previous, attn, float(decay), float(scale));
 }
 
 }  // namespace
@@ -663,5 +697,5 @@ TORCH_LIBRARY(namm_transfer, m) {
       "attend(Tensor query, Tensor key, Tensor value, Tensor? packed_key, Tensor? packed_value, Tensor lengths, "
       "int? ahead, Tensor? mask, float scale, float softcap, Tensor? sinks, bool observe) -> (Tensor, Tensor)",
       &attend);
-  m.def("advance_(Tensor(a!) ema, Tensor(b!) previous, Tensor attn, float decay) -> ()", &advance_);
+  m.def("advance_(Tensor(a!) ema, Tensor(b!) previous, Tensor attn, float decay, float scale) -> ()", &advance_);
 }

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from namm_transfer.scoring import LayerView, Policy, recent
+from namm_transfer.scoring import Fields, LayerView, Policy, recent
 
 __all__ = ["H2O"]
 
@@ -20,7 +20,7 @@ class H2O(Policy):
     name: ClassVar[str] = "h2o"
     observes: ClassVar[bool] = True
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def fields(self, dtype: torch.dtype) -> Fields:
         return {"accumulated": ((), torch.float32)}
 
     def observe(self, view: LayerView, attn: Tensor) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from namm_transfer import network
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.network import NAMM, NUM_PARAMETERS
-from namm_transfer.scoring import LayerView, Policy, check_budget, recent
-from namm_transfer.spectrogram import BINS, HOP, advance
+from namm_transfer.scoring import Fields, LayerView, Policy, check_budget, recent
+from namm_transfer.spectrogram import BINS, HOP, advance, loaded, stored
 
 __all__ = ["FeatureStatistics", "NAMMPolicy"]
 
@@ -83,13 +83,12 @@ class NAMMPolicy(Policy):
         if self.vectors is not None and (self.vectors.ndim != 2 or self.vectors.shape[1] != NUM_PARAMETERS):
             raise CheckpointError(f"vectors must have shape [rows, {NUM_PARAMETERS}]; got {tuple(self.vectors.shape)}")
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        # "waiting" holds the rows of a half-finished hop while decoding
-        return {
-            "ema": ((BINS,), torch.float32),
-            "previous": ((HOP,), torch.float32),
-            "waiting": ((HOP,), torch.float32),
-        }
+    def fields(self, dtype: torch.dtype) -> Fields:
+        state = _state(dtype)
+        return {"ema": ((BINS,), state), "previous": ((HOP,), state)}
+
+    def unfinished_fields(self, dtype: torch.dtype) -> Fields:
+        return {"waiting": ((HOP,), _state(dtype))}
 
     def check_rows(self, rows: int, chosen: list[int] | None = None) -> None:
         if self.vectors is None:
@@ -102,26 +101,24 @@ class NAMMPolicy(Policy):
     def observe(self, view: LayerView, attn: Tensor) -> None:
         tokens, count, phase = view.tokens, attn.shape[2], view.queries % HOP
         if phase == 0 and count % HOP == 0:
-            rows = attn
-        else:
-            tokens["waiting"][..., phase : phase + count] = attn.transpose(-1, -2)
-            if phase + count < HOP:
-                return
-            rows = tokens["waiting"].transpose(-1, -2)
-        advance(tokens["ema"], tokens["previous"], rows)
-        if rows is not attn:
-            tokens["waiting"].zero_()
+            advance(tokens["ema"], tokens["previous"], attn)
+            return
+        waiting = tokens["waiting"]
+        waiting[..., phase : phase + count] = stored(attn, waiting.dtype).transpose(-1, -2)
+        if phase + count == HOP:
+            advance(tokens["ema"], tokens["previous"], loaded(waiting).transpose(-1, -2))
+            waiting.zero_()
 
     def features(self, view: LayerView) -> Tensor:
         """[R, K, N, 25] the network's input."""
         recency = view.seen - 1 - view.tokens["positions"]
         mean, var = (x.to(recency.device) for x in (self.namm.feature_mean, self.namm.feature_var))
-        return network.features(recency, view.tokens["ema"], mean, var)
+        return network.features(recency, loaded(view.tokens["ema"]), mean, var)
 
     def scores(self, view: LayerView) -> Tensor:
         device = view.tokens.lengths.device
         if self.statistics is not None:
-            self.statistics.add(view.tokens["ema"][view.valid()])
+            self.statistics.add(loaded(view.tokens["ema"][view.valid()]))
         if self.vectors is None:
             vectors = self.namm.vector.unsqueeze(0)
         else:
@@ -149,3 +146,8 @@ class NAMMPolicy(Policy):
         if self.vectors is not None:
             described["vectors"] = hashlib.sha256(self.vectors.float().cpu().numpy().tobytes()).hexdigest()[:16]
         return described
+
+
+def _state(dtype: torch.dtype) -> torch.dtype:
+    """State is as wide as the keys: 33 values a token are a quarter of the bytes of keys and values of width 64."""
+    return torch.float32 if dtype in (torch.float32, torch.float64) else torch.float16

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from namm_transfer.errors import ConfigError
-from namm_transfer.scoring import LayerView, Policy, check_count, recent
+from namm_transfer.scoring import Fields, LayerView, Policy, check_count, recent
 
 __all__ = ["SnapKV"]
 
@@ -36,7 +36,7 @@ class SnapKV(Policy):
         if self.kernel % 2 == 0:
             raise ConfigError(f"snapkv: kernel must be odd; got {self.kernel}")
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def fields(self, dtype: torch.dtype) -> Fields:
         return {"windowed": ((), torch.float32)}
 
     def observe(self, view: LayerView, attn: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from namm_transfer.scoring import LayerView, Policy
+from namm_transfer.scoring import Fields, LayerView, Policy
 
 __all__ = ["TOVA"]
 
@@ -23,7 +23,7 @@ class TOVA(Policy):
     name: ClassVar[str] = "tova"
     observes: ClassVar[bool] = True
 
-    def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def fields(self, dtype: torch.dtype) -> Fields:
         return {"last": ((), torch.float32)}
 
     def observe(self, view: LayerView, attn: Tensor) -> None:
