@@ -156,7 +156,7 @@ class TokenStore:
         self.even = bool((counts == width).all())
 
     def trim(self, *, settled: bool) -> None:
-        """Give back the memory of free places: all but a few, or, while tokens come one by one, what is beyond growth."""
+        """Give back free places: all but a few, or, unless ``settled`` (tokens come singly), what is beyond growth."""
         most = self.width + 2 * SLACK
         if self.capacity > (most if settled else max(self.width * GROWTH, most)):
             self.reserve(self.width + SLACK, exact=True)

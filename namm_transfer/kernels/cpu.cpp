@@ -255,29 +255,40 @@ float peak(float* s, int64_t limit, float scale) {
 }
 
 // 2^(logit - high), zero from `limit` to `columns` and where it was masked; returns the sum. Callers have called `peak`.
-template <typename T>
-float powers(const float* s, int64_t limit, int64_t columns, float scale, float high, T* out) {
+// A second copy, for the observer, goes to `twin` unless it is null.
+template <typename T, typename O = float>
+float powers(const float* s, int64_t limit, int64_t columns, float scale, float high, T* out, O* twin = nullptr) {
   vf mass{};
   int64_t c = 0;
   for (; c < limit; c += LANES) {
     const vf logit = load(s + c), e = exp2v(logit * scale - high), kept = logit > LOWEST / 2 ? e : vf{};
     store(out + c, kept);
+    if (twin != nullptr) store(twin + c, kept);
     mass += kept;
   }
-  for (; c < columns; c += LANES) store(out + c, vf{});
+  for (; c < columns; c += LANES) {
+    store(out + c, vf{});
+    if (twin != nullptr) store(twin + c, vf{});
+  }
   return total(mass);
 }
 
 template <typename T, typename S>
 struct Worker {
+  static constexpr bool PAIRED = std::is_same_v<T, BFloat16>;
+  // What is observed waits here until the row's sum is known: float16 has three bits more than bfloat16.
+  using Observed = std::conditional_t<PAIRED, at::Half, float>;
+
   const Call& call;
-  std::vector<T> query, attn;
+  std::vector<T> query, block;
+  std::vector<Observed> attn;
   std::vector<float> logits, out, top, sum, tops;
 
   explicit Worker(const Call& call, bool observe) : call(call) {
     const int64_t m = call.part * call.groups, blocks = (call.padded + COLUMNS - 1) / COLUMNS;
     query.resize(m * call.depth);
-    attn.resize(m * (observe ? call.padded : std::min(call.padded, COLUMNS)));
+    block.resize(m * std::min(call.padded, COLUMNS));
+    attn.resize(observe ? m * call.padded : 0);
     logits.resize(m * COLUMNS);
     out.resize(m * call.value_width);
     top.resize(m), sum.resize(m), tops.resize(m * blocks);
@@ -309,7 +320,8 @@ struct Worker {
       const int64_t used = std::min(columns, padded_columns(last - start));
       at::native::cpublas::brgemm(
           m, used, D, D, columns, used, false, query.data(), keys + start * D, logits.data(), PAIRED);
-      T* p = attn.data() + (observed != nullptr ? m * start : 0);  // a block's [m, used]
+      T* p = block.data();  // [m, used]
+      Observed* twin = observed == nullptr ? nullptr : attn.data() + m * start;
       for (int64_t x = 0; x < m; ++x) {
         const int64_t i = x % n, own = std::clamp<int64_t>(limit(i) - start, 0, used);
         float* s = logits.data() + x * used;
@@ -320,10 +332,12 @@ struct Worker {
         const float high = std::max(top[x], peak(s, own, scale));
         if (high <= LOWEST) {  // nothing to attend to so far
           std::fill(p + x * used, p + (x + 1) * used, T(0.0f));
+          if (twin != nullptr) std::fill(twin + x * used, twin + (x + 1) * used, Observed(0.0f));
           tops[x * blocks + j] = LOWEST;
           continue;
         }
-        const float mass = powers(s, own, used, scale, high, p + x * used);
+        const float mass =
+            powers(s, own, used, scale, high, p + x * used, twin == nullptr ? nullptr : twin + x * used);
         if (high > top[x]) {
           const float shrink = std::exp2(std::max(top[x] - high, -126.0f)) * (top[x] > LOWEST);
           sum[x] *= shrink;
@@ -353,7 +367,7 @@ struct Worker {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t start = j * COLUMNS, columns = std::min(COLUMNS, call.padded - start);
         const int64_t used = std::min(columns, padded_columns(last - start));
-        const T* p = attn.data() + m * start + i * used;
+        const Observed* p = attn.data() + m * start + i * used;
         const int64_t whole = std::min(used, call.tokens - start) / LANES * LANES;
         for (int64_t c = 0; c < whole; c += LANES) {
           vf mean = load(p + c) * tops[i * blocks + j];
@@ -370,8 +384,6 @@ struct Worker {
       std::fill(to + written, to + call.tokens, 0.0f);
     }
   }
-
-  static constexpr bool PAIRED = std::is_same_v<T, BFloat16>;
 };
 
 template <typename T, typename S>
