@@ -1,191 +1,185 @@
-"""What a policy costs: time of prefill and decoding beside plain attention, and the peak memory of a long prompt."""
+"""What a policy costs: prefill, decoding and peak memory beside the unmodified model, as ratios inside one run."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
-from namm_transfer.eval.provenance import provenance
-from namm_transfer.eval.results import write_atomically
-from namm_transfer.eval.runner import build_policy
-from namm_transfer.memory import MemoryCache
+from namm_transfer.eval.bench_host import BenchHost, peak
+from namm_transfer.eval.bench_peer import Peer
+from namm_transfer.eval.bench_report import write_report
+from namm_transfer.eval.provenance import record
+from namm_transfer.eval.results import RunFolder
 
-__all__ = ["LargestTensor", "bench"]
+__all__ = ["PLAIN", "bench"]
 
 PLAIN = "sdpa"
 """The column of the unmodified model."""
+PEER = "kvpress"
+"""Columns of that package are called kvpress/...; their reference is the unmodified model in their own process."""
 
 
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation inside it, and remembers the largest tensor that one returned."""
+def bench(config: Mapping[str, Any], out: Path, console: Console) -> dict[str, Any]:
+    """Measure every column; columns take turns within a repeat, so that a busy moment hits them alike.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.shape, self.operation = 0, [0], ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # Storage, not shape: an expanded view of a row allocates no matrix.
-            if (
-                isinstance(leaf, torch.Tensor)
-                and (held := leaf.untyped_storage().nbytes() // leaf.element_size()) > self.elements
-            ):
-                self.elements, self.shape, self.operation = held, list(leaf.shape), str(func)
-        return result
-
-
-def bench(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """Measure every policy of `config`, columns taking turns so that a busy moment hits them alike.
+    Measurements are on disk as soon as they exist, and a second run of the same configuration goes on after them.
 
     Returns:
-        provenance, settings, and by column: median seconds, ratios to plain attention, peak bytes.
+        The summary: for each column and length the median seconds and the ratios to the unmodified model, the
+        exponents with which times grow, peak memory, and the cost of a population.
 
     Raises:
-        ConfigError: a length or count below 1.
+        ConfigError: a length or count out of range, or an unknown type of weights.
     """
-    for key in ("layers", "length", "decode", "repeats"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ConfigError(f"{key} is {config[key]!r}; expected an integer of at least 1")
+    _check(config)
     if config["executor"]["threads"] is not None:
         torch.set_num_threads(config["executor"]["threads"])
-    columns = [PLAIN, *config["policies"]]
-    model = _model(config, config["length"] + config["decode"])
-    times: dict[str, list[tuple[float, float]]] = {column: [] for column in columns}
-    turns = [(repeat, column) for repeat in range(config["repeats"] + 1) for column in columns]
-    for repeat, column in track(turns, "time", console=console):
-        measured = _time(model, config, column)
-        if repeat:  # the first round only warms up
-            times[column].append(measured)
-    medians = {c: [statistics.median(values) for values in zip(*runs, strict=True)] for c, runs in times.items()}
-    figures: dict[str, dict[str, Any]] = {
-        column: {
-            "prefill_seconds": prefill,
-            "prefill_ratio": prefill / medians[PLAIN][0],
-            "decode_seconds_per_token": decode,
-            "decode_ratio": decode / medians[PLAIN][1],
-        }
-        for column, (prefill, decode) in medians.items()
-    }
-    if config["peak_length"]:
-        spawn = multiprocessing.get_context("spawn")
-        for column in track(columns, "peak memory", console=console):
-            with spawn.Pool(1) as pool:  # a fresh process: the peak of one column must not hide another's
-                figures[column] |= pool.apply(_peak, (dict(config), column))
-    policies = {column: build_policy(settings).describe() for column, settings in config["policies"].items()}
-    settings = {key: value for key, value in config.items() if key != "out"} | {"policies": policies}
-    result = {"provenance": provenance({}, config["seed"]), "settings": settings, "figures": figures}
-    if config["out"]:
-        Path(config["out"]).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(config["out"]), json.dumps(result, indent=2) + "\n")
-    console.print(_table(figures, config))
-    return result
-
-
-def _model(config: Mapping[str, Any], positions: int) -> LlamaForCausalLM:
-    """SmolLM2-135M's shape; time and memory do not depend on the values of the weights."""
-    shape = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=config["layers"],
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        model = LlamaForCausalLM(shape)
-    return model.to(config["executor"]["device"], getattr(torch, config["dtype"])).eval()
-
-
-def _prompt(config: Mapping[str, Any], length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(config["seed"])
-    return torch.randint(0, 49152, (1, length), generator=generator).to(config["executor"]["device"])
-
-
-@torch.inference_mode()
-def _run(
-    model: LlamaForCausalLM, config: Mapping[str, Any], column: str, length: int, decode: int
-) -> tuple[float, float]:
-    """Seconds of the prefill, and seconds per decoded token."""
-    prompt = _prompt(config, length)
-
-    def steps(cache: Any) -> tuple[float, float]:
-        start = time.perf_counter()
-        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-        middle = time.perf_counter()
-        for _ in range(decode):
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-        token.cpu()
-        return middle - start, (time.perf_counter() - middle) / max(decode, 1)
-
-    if column == PLAIN:
-        return steps(DynamicCache())
-    chosen = build_policy(config["policies"][column])
-    with adapt(model, chosen, update_interval=config["update_interval"]):
-        return steps(MemoryCache(chosen, update_interval=config["update_interval"]))
-
-
-def _time(model: LlamaForCausalLM, config: Mapping[str, Any], column: str) -> tuple[float, float]:
-    return _run(model, config, column, config["length"], config["decode"])
-
-
-def _peak(config: dict[str, Any], column: str) -> dict[str, Any]:
-    """Growth of the process's resident memory during a long prefill, and the largest tensor in it."""
-    if config["executor"]["threads"] is not None:
-        torch.set_num_threads(config["executor"]["threads"])
-    length = config["peak_length"]
-    model = _model(config, length + 1)
-    _run(model, config, column, 1024, 0)  # kernels and their workspaces are loaded before the measurement
-    before = _resident_bytes()
-    _run(model, config, column, length, 0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with LargestTensor() as largest:
-        _run(model, config, column, length, 0)
-    return {
-        "peak_growth_bytes": max(0, peak - before),
-        "largest_tensor": largest.shape,
-        "largest_tensor_elements": largest.elements,
-        "largest_tensor_from": largest.operation,
-        "query_key_matrix_elements": length * length,
-    }
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _table(figures: dict[str, dict[str, Any]], config: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=f"{config['length']} tokens, {config['decode']} decoded, {config['layers']} layers, {config['dtype']}"
-    )
-    heads = ["policy", "prefill", "× sdpa", "decode a token", "× sdpa"]
-    heads += [f"peak at {config['peak_length']}", "largest tensor"] if config["peak_length"] else []
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left")
-    for column, f in figures.items():
-        cells = [f"{f['prefill_seconds']:.3f} s", f"{f['prefill_ratio']:.2f}"]
-        cells += [f"{f['decode_seconds_per_token'] * 1e3:.1f} ms", f"{f['decode_ratio']:.2f}"]
+    folder = RunFolder.open(out, {key: value for key, value in config.items() if key != "out"})
+    record(out / "provenance.json", {}, config["seed"])
+    done = {_key(row): row for row in _rows(folder)}
+    with ExitStack() as stack:
+        peer = stack.enter_context(Peer(config["kvpress"], config)) if config["kvpress"] else None
+        columns = [PLAIN, *config["policies"], *([f"{PEER}/{name}" for name in peer.columns] if peer else [])]
+        turns = [
+            {"kind": "time", "length": length, "repeat": repeat, "column": column}
+            for length in config["lengths"]
+            for repeat in range(config["repeats"] + 1)  # the first one only warms up
+            for column in columns
+        ]
         if config["peak_length"]:
-            cells += [f"{f['peak_growth_bytes'] / 2**20:.0f} MiB", f"{f['largest_tensor_elements']:,}"]
-        table.add_row(column, *cells)
-    return table
+            turns += [{"kind": "peak", "length": config["peak_length"], "repeat": 1, "column": c} for c in columns]
+        if config["population"]:
+            turns += [
+                {"kind": "population", "length": config["population_length"], "repeat": repeat, "column": column}
+                for repeat in range(config["repeats"] + 1)
+                for column in (PLAIN, "one", "population")
+            ]
+        todo = [turn for turn in turns if _key(turn) not in done]
+        host = BenchHost(config) if todo else None
+        for turn in track(todo, "bench", console=console):
+            assert host is not None  # there is something to do
+            row = turn | _measure(config, host, peer, turn)
+            with folder.lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            done[_key(turn)] = row
+    summary = _summarise([row for row in done.values() if row["repeat"]])
+    write_report(out, config, summary, console)
+    return summary
+
+
+def _measure(config: Mapping[str, Any], host: BenchHost, peer: Peer | None, turn: Mapping[str, Any]) -> dict[str, Any]:
+    column, length = turn["column"], turn["length"]
+    if turn["kind"] == "population":
+        return host.population(column, length, config["population"])
+    if peer is not None and column.startswith(f"{PEER}/"):
+        name = column.removeprefix(f"{PEER}/")
+        return peer.peak(name, length) if turn["kind"] == "peak" else peer.time(name, length)
+    if turn["kind"] == "peak":
+        return peak(dict(config), column, length)
+    return host.time(column, length)
+
+
+def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over repeats and ratios to the reference of each column."""
+
+    def of(kind: str, column: str, length: int, value: str) -> float:
+        return median(r[value] for r in rows if (r["kind"], r["column"], r["length"]) == (kind, column, length))
+
+    timed = [r for r in rows if r["kind"] == "time"]
+    lengths = sorted({r["length"] for r in timed})
+    columns = list(dict.fromkeys(r["column"] for r in timed))
+    summary: dict[str, Any] = {"time": {}, "exponent": {}, "peak": {}, "population": {}}
+    for column in columns:
+        plain = f"{PEER}/{PLAIN}" if column.startswith(f"{PEER}/") else PLAIN
+        cells = {}
+        for length in lengths:
+            values = {v: of("time", column, length, v) for v in ("prefill", "decode", "kept", "bytes")}
+            ratios = [
+                sorted(
+                    r[v] / s[v]
+                    for r in timed
+                    for s in timed
+                    if (r["column"], s["column"], r["length"], s["length"]) == (column, plain, length, length)
+                    and r["repeat"] == s["repeat"]
+                )
+                for v in ("prefill", "decode")
+            ]
+            cells[length] = {
+                "prefill_seconds": values["prefill"],
+                "prefill_tokens_per_second": length / values["prefill"],
+                "prefill_ratio": median(ratios[0]),
+                "prefill_ratio_range": [ratios[0][0], ratios[0][-1]],
+                "decode_seconds_per_token": values["decode"],
+                "decode_ratio": median(ratios[1]),
+                "decode_ratio_range": [ratios[1][0], ratios[1][-1]],
+                "kept_fraction": values["kept"],
+                "bytes": values["bytes"],
+            }
+        summary["time"][column] = cells
+        if len(lengths) > 1:
+            seconds = [cells[length]["prefill_seconds"] for length in lengths]
+            summary["exponent"][column] = float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
+    for row in rows:
+        if row["kind"] == "peak":
+            reference = f"{PEER}/{PLAIN}" if row["column"].startswith(f"{PEER}/") else PLAIN
+            plain_growth = of("peak", reference, row["length"], "growth")
+            summary["peak"][row["column"]] = {
+                "length": row["length"],
+                "growth_bytes": row["growth"],
+                "ratio": row["growth"] / plain_growth,
+                "largest_tensor": row.get("largest"),
+                "query_key_matrix_elements": row["length"] ** 2,
+            }
+    population = [r for r in rows if r["kind"] == "population"]
+    if population:
+        length = population[0]["length"]
+        seconds = {c: of("population", c, length, "prefill") for c in (PLAIN, "one", "population")}
+        summary["population"] = {
+            "length": length,
+            "seconds": seconds,
+            "population_over_one": seconds["population"] / seconds["one"],
+            "one_over_plain": seconds["one"] / seconds[PLAIN],
+        }
+    return summary
+
+
+def _rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """Finished measurements; a line torn by a kill is dropped."""
+    if not folder.lines.is_file():
+        return []
+    content = folder.lines.read_text(encoding="utf-8")
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        folder.lines.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, int, int, str]:
+    return row["kind"], row["length"], row["repeat"], row["column"]
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    counts = {"layers": 1, "decode": 1, "repeats": 1, "peak_length": 0, "population": 0, "population_length": 16}
+    for key, least in counts.items():
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{key} is {value!r}; expected an integer of at least {least}")
+    lengths = config["lengths"]
+    if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
+        raise ConfigError(f"lengths is {lengths!r}; expected a list of integers of at least 1")
+    if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
+        raise ConfigError(f"dtype is {config['dtype']!r}; expected a torch type such as bfloat16 or float32")
+    if not isinstance(config["policies"], Mapping) or not config["policies"]:
+        raise ConfigError("policies holds no column to measure")
+    if config["kvpress"] and not Path(config["kvpress"]).is_file():
+        raise ConfigError(f"kvpress is {config['kvpress']!r}; expected the python of an environment that has kvpress")

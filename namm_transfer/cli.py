@@ -109,11 +109,13 @@ def inspect(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def bench(overrides: Overrides = None) -> None:
-    """Time and peak memory of the policies beside plain attention."""
+def bench(overrides: Overrides = None, resume: Resume = None) -> None:
+    """Time and peak memory of the policies beside the unmodified model."""
     from namm_transfer.eval.bench import bench as run
+    from namm_transfer.eval.transfer import results_folder
 
-    run(_settings("bench", overrides), _console())
+    config = _settings("bench", overrides)
+    run(config, resume or results_folder(config["out"], "bench"), _console())
 
 
 @app.command()
