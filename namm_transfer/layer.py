@@ -204,7 +204,12 @@ class LayerMemory(CacheLayerMixin):
         added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
         runs = list(_runs(list(zip(self.seen, added, strict=True))))
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        if len(runs) > 1 and count <= HOP:
+        by_token = len(runs) > 1 and count <= HOP
+        if by_token and count > 1:  # a query that attends to later tokens (of an image) needs them beside it
+            by_token = not any(
+                RunMask(mask, a, b, query.device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in runs
+            )
+        if by_token:
             for i in range(count):  # rows at different points that decode together
                 rows = torch.ones(len(self.seen), dtype=torch.bool, device=key.device) if given is None else given[:, i]
                 token = slice(i, i + 1)

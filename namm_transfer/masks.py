@@ -106,6 +106,13 @@ class RunMask:
         seen = self.mask.allowed(self.rows, index[:, :1], index[:, None, 1:])  # [R, 1, 1, left]
         return int(seen.cumprod(-1).sum(-1).max())
 
+    def reaches_ahead(self, begin: int, end: int) -> bool:
+        """Whether some query of the positions [begin, end) attends to a later one of them."""
+        if self.mask.causal or end - begin < 2:
+            return False
+        index = self._index(torch.arange(begin, end, device=self.rows.device).expand(len(self.rows), -1))
+        return bool(self.mask.allowed(self.rows, index, index[:, None]).triu(1).any())
+
     def visible(self, tokens: TokenStore, begin: int, end: int, ahead: int, start: int, stop: int) -> Visible:
         """For the queries [start, stop) of the block of positions [begin, end), which is in the store already.
 

@@ -54,6 +54,20 @@ def test_left_padding_and_neighbours_change_nothing(name: str, keep) -> None:
     assert checks.left_padding(video_llm(name), rows, batch(rows), keep) <= TOLERANCE
 
 
+@pytest.mark.parametrize("keep", [KEEPERS["full"], POLICIES["namm"]], ids=["full", "namm"])
+def test_an_image_within_a_hop_is_seen_whole_in_a_padded_batch(keep) -> None:
+    """Few tokens in rows at different points: an image's tokens attend to the later ones of it all the same."""
+    name = "gemma3-short"
+    rows = [row(name, 0, before=3, after=2), row(name, 1, before=2, after=1)]
+    together = batch(rows)
+    assert together["input_ids"].shape[1] <= 16
+    assert checks.left_padding(video_llm(name), rows, together, keep) <= TOLERANCE
+    mask = together["attention_mask"].unsqueeze(-1)
+    expected = video_llm(name)(**together).logits  # fewer tokens than an interval: nothing is evicted
+    with adapt(video_llm(name), keep, INTERVAL) as host:
+        assert checks.distance(host(**together).logits * mask, expected * mask) <= TOLERANCE
+
+
 @every_model
 def test_beam_search_is_the_unmodified_models(name: str) -> None:
     checks.beams(video_llm(name), row(name, 0))
