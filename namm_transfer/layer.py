@@ -181,7 +181,8 @@ class LayerMemory(CacheLayerMixin):
 
         Raises:
             CacheError: the mask does not cover all tokens seen.
-            UnsupportedModelError: the queries are not of the same tokens as the keys (cross-attention).
+            UnsupportedModelError: the queries are not of the same tokens as the keys (cross-attention), or a 4-D mask
+                is none that a memory can honour.
         """
         expecting.set(self._outer)
         self._pending = None
@@ -191,7 +192,7 @@ class LayerMemory(CacheLayerMixin):
                 "keys: a memory serves self-attention only"
             )
         if isinstance(mask, Tensor):
-            mask = from_tensor(mask, self.total)
+            mask = from_tensor(mask, self.seen, self.total)
         elif mask is None:
             mask = AttentionMask(causal_mask_function)
         count = query.shape[2]
