@@ -27,7 +27,7 @@ from namm_transfer import NAMM, adapt, policy
 from namm_transfer.adapters.timesformer import TimesformerHost
 from namm_transfer.adapters.timm_vit import TimmHost
 from namm_transfer.adapters.video_encoder import VideoEncoderHost
-from namm_transfer.errors import CacheError
+from namm_transfer.errors import CacheError, ConfigError
 from namm_transfer.network import NUM_PARAMETERS
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -181,6 +181,45 @@ def test_a_host_outside_its_block_is_no_silent_no_op() -> None:
     adapted = adapt(model.eval(), policy("key_norm", budget=0.5))
     with pytest.raises(CacheError, match="did nothing"):
         adapted(**inputs)
+
+
+def test_an_interval_that_no_decision_falls_within_is_no_silent_no_op() -> None:
+    model, inputs = vivit()
+    with (
+        adapt(model.eval(), policy("key_norm", budget=0.5), update_interval=80) as adapted,
+        pytest.raises(CacheError, match="at most 65 tokens.*update_interval=80.*multiple of 16 below 65"),
+    ):
+        output(adapted, inputs)
+    with adapt(model, policy("full"), update_interval=80) as adapted:  # has nothing to decide
+        output(adapted, inputs)
+        assert adapted.stats().kept_fraction == 1.0
+
+
+def test_a_population_has_a_row_for_every_input() -> None:
+    """Each row under its own parameters is what it gets alone under them; another number of rows is refused."""
+    model, inputs = vivit()
+    vectors = torch.randn(2, NUM_PARAMETERS, generator=torch.Generator().manual_seed(1)) * 0.1
+    members = [policy("namm", namm=NAMM.from_vector(vector), budget=0.3) for vector in vectors]
+    population = policy("namm", namm=NAMM(), vectors=vectors, budget=0.3)
+    with adapt(model.eval(), population, update_interval=16) as adapted:
+        together = output(adapted, inputs)
+        for rows in (1, 3):
+            with pytest.raises(ConfigError, match=f"vectors has 2 rows, but the batch has {rows}"):
+                output(adapted, {"pixel_values": torch.randn(rows, 8, 3, 32, 32)})
+    for row, member in enumerate(members):
+        with adapt(model, member, update_interval=16) as adapted:
+            alone = output(adapted, {"pixel_values": inputs["pixel_values"][row : row + 1]})
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_a_layer_with_several_rows_per_input_cannot_carry_a_population() -> None:
+    model, inputs = timesformer()
+    population = policy("namm", namm=NAMM(), vectors=torch.zeros(2, NUM_PARAMETERS))
+    with (
+        adapt(model.eval(), population, update_interval=16) as adapted,
+        pytest.raises(ConfigError, match="attends in 128 rows for 2 inputs.*cannot carry a population"),
+    ):
+        output(adapted, inputs)
 
 
 def test_restored_after_an_error() -> None:

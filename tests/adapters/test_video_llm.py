@@ -118,6 +118,14 @@ def test_a_tower_under_a_budget_evicts(name: str) -> None:
     assert checks.distance(ours, logits) > 1e-3
 
 
+def test_a_tower_whose_policy_never_decides_is_no_silent_no_op() -> None:
+    with (
+        adapt(video_llm("llava"), KEEPERS["full"], INTERVAL, vision=evictor("h2o"), vision_interval=32) as host,
+        pytest.raises(CacheError, match="CLIPVisionModel: its layers attend to at most 17 tokens"),
+    ):
+        host(**row("llava", 0))
+
+
 def test_a_tower_is_asked_while_generating() -> None:
     model, inputs = video_llm("llava-next-video"), row("llava-next-video", 0)
     with adapt(model, evictor(), INTERVAL, vision=evictor("h2o"), vision_interval=16) as host:

@@ -111,6 +111,7 @@ VIDEO_LLMS: dict[str, VideoLLM] = {
         | {
             "vision_config": _QWEN
             | {"hidden_size": 24, "out_hidden_size": 32, "window_size": 16, "tokens_per_second": 1}
+            | {"fullatt_block_indexes": [1]}  # a window of 16 tokens is no longer than any update interval
         },
         _PATCHES,
         _THW,
