@@ -87,6 +87,20 @@ def timm_map_pool() -> tuple[nn.Module, dict]:
     return timm_vit("vit_base_patch16_siglip_224")
 
 
+class OwnViT(timm.models.VisionTransformer):
+    """A class outside timm."""
+
+
+def timm_own_class() -> tuple[nn.Module, dict]:
+    model = OwnViT(img_size=64, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=5, reg_tokens=2)
+    return model, {"x": torch.randn(2, 3, 64, 64)}
+
+
+def timm_within() -> tuple[nn.Module, dict]:
+    model, inputs = timm_registers()
+    return nn.Sequential(model, nn.LayerNorm(5)), {"input": inputs["x"]}
+
+
 HOSTS: dict[str, tuple[Callable[[], tuple[nn.Module, dict]], type]] = {
     "vivit": (vivit, VideoEncoderHost),
     "videomae": (videomae, VideoEncoderHost),
@@ -99,6 +113,8 @@ HOSTS: dict[str, tuple[Callable[[], tuple[nn.Module, dict]], type]] = {
     "timm_registers": (timm_registers, TimmHost),
     "timm_eva": (timm_eva, TimmHost),
     "timm_map_pool": (timm_map_pool, TimmHost),
+    "timm_own_class": (timm_own_class, TimmHost),
+    "timm_within": (timm_within, TimmHost),
 }
 
 
@@ -165,6 +181,12 @@ def test_special_tokens_are_read_out_last() -> None:
         retained = adapted.memory.retained()
     # 65 tokens: class token 0, then 64 tubelets in temporal order; the class token is the newest, so it stays
     assert retained[0][0][0].tolist() == [62, 63, 64, 0]
+
+
+@pytest.mark.parametrize(("build", "special"), [(timm_vit, 1), (timm_own_class, 3), (timm_within, 5), (timm_eva, 1)])
+def test_timms_special_tokens_are_counted_wherever_the_transformer_is(build: Callable, special: int) -> None:
+    found = adapt(build()[0], policy("full")).modules()
+    assert list(found.values()) == [special, special]
 
 
 def test_attention_work_shrinks() -> None:
