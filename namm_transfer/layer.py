@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def check_interval(update_interval: Any) -> int:
     Raises:
         ConfigError: it is not.
     """
-    if isinstance(update_interval, bool) or not isinstance(update_interval, int):
+    if isinstance(update_interval, bool) or not isinstance(update_interval, Integral):
         raise ConfigError(f"update_interval must be an int; got {update_interval!r}")
     if update_interval < HOP or update_interval % HOP:
         raise ConfigError(f"update_interval must be a positive multiple of {HOP}; got {update_interval}")
-    return update_interval
+    return int(update_interval)
 
 
 def watch(
@@ -137,6 +138,10 @@ class LayerMemory(CacheLayerMixin):
                 f"nothing would be evicted and the output would be wrong; call model.set_attn_implementation({NAME!r}) "
                 "(for a composite model: {'text_config': 'namm'}), or use namm_transfer.adapt(model, policy)"
             )
+
+    def new_call(self) -> Memory | None:
+        # keys still waiting when a model begins its call were another model's: check_consumed tells their user
+        return self._outer
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included (not tokens retained): positions go on correctly after evictions."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from namm_transfer import NAMM, MemoryCache, policy
+from namm_transfer import NAMM, MemoryCache, adapt, policy
 from namm_transfer.attention import expecting
 from namm_transfer.encoder import EncoderMemory
 from namm_transfer.errors import CacheError, ConfigError
@@ -88,7 +88,7 @@ def test_fork_into_rows(llama, tokens, make_policy, retained, name: str) -> None
 def test_fork_of_nothing(llama, tokens, make_policy) -> None:
     fork = MemoryCache(make_policy("h2o"), INTERVAL).fork()
     assert feed(llama(), fork, tokens(20, rows=2)).shape == (2, 20, 256)
-    with pytest.raises(ConfigError, match="rows must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="rows must be an int of at least 1; got 0"):
         fork.fork(rows=0)
 
 
@@ -176,6 +176,38 @@ def test_files_that_hold_no_memory(llama, tokens, make_policy, make_namm, tmp_pa
     make_namm().save_pretrained(tmp_path)
     with pytest.raises(CacheError, match="cannot read a memory"):
         MemoryCache.load(tmp_path / "model.safetensors", p)
+
+
+# -- other models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["the same object", "a file"])
+def test_a_model_with_more_layers_is_refused(llama, tokens, make_policy, tmp_path: Path, through: str) -> None:
+    cache = MemoryCache(make_policy("h2o"), INTERVAL)
+    feed(llama(layers=2), cache, tokens(70))
+    if through == "a file":
+        cache.save(tmp_path / "memory")
+        cache = MemoryCache.load(tmp_path / "memory", make_policy("h2o"))
+    with pytest.raises(CacheError, match="layer 2 is new to this memory, but layer 0 had seen 70 tokens.*2 layers"):
+        feed(llama(layers=3), cache, tokens(5))
+
+
+@pytest.mark.parametrize("through", ["the same object", "a file"])
+def test_a_model_with_fewer_layers_is_refused(llama, tokens, make_policy, tmp_path: Path, through: str) -> None:
+    """Whether the last layers are left out shows when the next call begins."""
+    cache = MemoryCache(make_policy("h2o"), INTERVAL)
+    feed(llama(layers=3), cache, tokens(70))
+    if through == "a file":
+        cache.save(tmp_path / "memory")
+        cache = MemoryCache.load(tmp_path / "memory", make_policy("h2o"))
+    feed(llama(layers=2), cache, tokens(5))
+    with pytest.raises(CacheError, match="layer 2 has seen 70 tokens, but layer 0 has seen 75.*fewer layers"):
+        feed(llama(layers=2), cache, tokens(5))
+    with adapt(llama(layers=2, attention="sdpa", seed=1), make_policy("h2o"), INTERVAL) as host:
+        cache = MemoryCache(make_policy("h2o"), INTERVAL)
+        feed(llama(layers=3), cache, tokens(70))
+        with pytest.raises(CacheError, match="a memory of 3 layers, but LlamaForCausalLM has 2"):
+            host(input_ids=tokens(5), past_key_values=cache)
 
 
 # -- beams -------------------------------------------------------------------------------------------------------
