@@ -189,6 +189,26 @@ def test_timms_special_tokens_are_counted_wherever_the_transformer_is(build: Cal
     assert list(found.values()) == [special, special]
 
 
+def test_statistics_of_layers_with_other_numbers_of_tokens() -> None:
+    """TimeSformer's temporal modules see 64 patches over 4 frames and never decide, the spatial ones 65 tokens."""
+    model, inputs = timesformer()
+    with adapt(model.eval(), policy("full"), update_interval=16) as adapted:
+        output(adapted, inputs)
+        stats = adapted.stats()
+    assert (stats.kept_fraction, stats.kept_fraction_by_row) == (1.0, [1.0, 1.0])
+    assert (stats.kept_at_updates, stats.kept_by_row, stats.updates_by_row) == (None, [None, None], [0, 0])
+    with adapt(model, policy("h2o", budget=0.2), update_interval=16) as adapted:
+        output(adapted, inputs)
+        stats = adapted.stats()
+    # an input has 64 temporal sequences of 4 tokens, and 4 spatial ones of 65, of which 13 stay after a decision
+    expected = (64 * 4 + 4 * 13) / (64 * 4 + 4 * 65)
+    assert stats.kept_fraction == pytest.approx(expected)
+    assert stats.kept_fraction_by_row == pytest.approx([expected] * 2)
+    assert stats.kept_by_row == pytest.approx([13 / 65] * 2)
+    assert stats.updates_by_row == [2 * 4 * 4] * 2  # layers, frames, decisions of each
+    assert stats.kept_at_updates == pytest.approx(13 / 65)
+
+
 def test_attention_work_shrinks() -> None:
     model, inputs = vivit()
     with adapt(model.eval(), policy("key_norm", budget=0.25), update_interval=16) as adapted:
