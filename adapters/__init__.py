@@ -50,8 +50,10 @@ def adapt(model: nn.Module, policy: Policy, update_interval: int = 512, **option
         The host, of the class that fits (a `Host`): a context manager; the model is restored on exit.
 
     Raises:
-        UnsupportedModelError: no adapter fits; says what each looked for and what it found.
+        UnsupportedModelError: it is no model, or no adapter fits; says what each looked for and what it found.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"adapt needs a model, a torch.nn.Module; got {model!r}")
     misfits = []
     for adapter in _ADAPTERS:
         misfit = adapter.misfit(model)

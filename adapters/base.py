@@ -49,7 +49,7 @@ class Host(ABC):
         """Restore the model; must work after a failed :meth:`attach`."""
 
     @abstractmethod
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's own call."""
 
     @abstractmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -80,20 +82,20 @@ class CausalLMHost(Host):
         """An empty memory under the host's policy."""
         return MemoryCache(self.policy, self.update_interval)
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's forward call, with the memory as its cache."""
-        return self._run(self.model, inputs)
+        return self._run(self.model, _by_name(self.model.forward, args, inputs))
 
-    def generate(self, **inputs: Any) -> Any:
+    def generate(self, *args: Any, **inputs: Any) -> Any:
         """The model's ``generate``, with the memory as its cache."""
-        return self._run(self.model.generate, inputs)
+        return self._run(self.model.generate, _by_name(self.model.generate, args, inputs))
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> Any:
         """Call the model with the memory as its cache.
 
         Raises:
             ConfigError: the call asks for another cache, or for none.
-            CacheError: the model left the memory, or one of its layers, empty.
+            CacheError: the memory is another model's, or the model left it, or one of its layers, empty.
         """
         cache = inputs.get("past_key_values")
         if cache is None:
@@ -102,17 +104,23 @@ class CausalLMHost(Host):
             raise ConfigError(
                 f"past_key_values must be a MemoryCache, e.g. host.new_cache(); got {type(cache).__name__}"
             )
-        if not inputs.get("use_cache", True):
+        if inputs.get("use_cache") not in (None, True):  # None: as the model likes
             raise ConfigError("use_cache=False leaves a policy nothing to do; call the model itself instead")
+        expected = getattr(self.model.get_decoder().config, "num_hidden_layers", None)
+        held = sum(layer.is_initialized for layer in cache.layers)
+        if expected and held not in (0, expected):
+            raise CacheError(
+                f"past_key_values is a memory of {held} layers, but {type(self.model).__name__} has {expected}; use a "
+                "new one for another model"
+            )
         self.cache = cache
         out = call(**inputs | {"past_key_values": cache, "use_cache": True})
         cache.check_consumed()
-        expected = getattr(self.model.get_decoder().config, "num_hidden_layers", 1)
         found = sum(layer.is_initialized for layer in cache.layers)
-        if found < expected:
+        if found < (expected or 1):
             raise CacheError(
-                f"{type(self.model).__name__} put tokens of {found} of its {expected} layers into the memory, so the "
-                f"policy {self.policy.name!r} would do nothing in the others"
+                f"{type(self.model).__name__} put tokens of {found} of its {expected or 1} layers into the memory, so "
+                f"the policy {self.policy.name!r} would do nothing in the others"
             )
         return out
 
@@ -120,3 +128,10 @@ class CausalLMHost(Host):
         if self.cache is None:
             raise CacheError("no call yet: stats() tells of the memory of the last call")
         return self.cache.stats()
+
+
+def _by_name(call: Callable[..., Any], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All inputs of a call by name, those given by position too."""
+    signature = inspect.signature(call)
+    signature.bind_partial(*args, **inputs)  # what does not fit is the call's own TypeError
+    return {**signature.bind_partial(*args).arguments, **inputs}

@@ -53,7 +53,7 @@ class DecisionTransformerHost(Host):
             use_namm_attention(self.model, self._before)
             self._before = None
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's own call: states [B, T, O], actions [B, T, A], returns_to_go [B, T, 1], timesteps [B, T]."""
         self.cache = cache = MemoryCache(self.policy, self.update_interval)
 
@@ -62,7 +62,7 @@ class DecisionTransformerHost(Host):
 
         hook = self.model.encoder.register_forward_pre_hook(give_memory, with_kwargs=True)
         try:
-            out = self.model(**inputs)
+            out = self.model(*args, **inputs)
         finally:
             hook.remove()
         self._check_used()

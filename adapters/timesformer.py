@@ -20,6 +20,11 @@ class TimesformerHost(EncoderHost):
 
     With divided attention a temporal module sees one patch over the frames (no special token), a spatial one a
     frame's patches behind the class token; with joint attention a module sees all of them.
+
+    A decision falls within a sequence only where it is longer than the update interval. A clip mostly has no more
+    frames than that, so the temporal modules then keep every token, whatever the budget. The statistics count these
+    tokens as retained (`kept_fraction` lies above the budget); `kept_at_updates` and `updates_by_row` speak of the
+    decisions that were taken, those of the spatial modules.
     """
 
     @staticmethod

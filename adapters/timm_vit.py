@@ -17,8 +17,13 @@ from namm_transfer.encoder import EncoderMemory
 __all__ = ["TimmHost"]
 
 
+_PARTS = ("fused_attn", "num_heads", "qkv")
+
+
 class TimmHost(EncoderHost):
-    """A timm model: modules with ``fused_attn`` compute ``scaled_dot_product_attention``, which is answered here.
+    """A model with timm's attention inside, whoever wrote the class around it.
+
+    Modules with ``fused_attn`` compute ``scaled_dot_product_attention``, which is answered here.
 
     No forward method is rewritten, so query norms, gates, rotary embeddings and whatever a variant adds around
     its attention stay the variant's own.
@@ -26,15 +31,17 @@ class TimmHost(EncoderHost):
 
     @staticmethod
     def misfit(model: nn.Module) -> str | None:
-        if not type(model).__module__.startswith("timm."):
-            return f"a timm model; found {type(model).__module__}.{type(model).__name__}"
         if not _attention_modules(model):
-            return "attention modules with 'fused_attn' (timm.layers.Attention and its kin); found none"
+            return f"attention modules with {', '.join(_PARTS)} (timm.layers.Attention and its kin); found none"
         return None
 
     def modules(self) -> dict[nn.Module, int]:
-        prefix = getattr(self.model, "num_prefix_tokens", None)
-        return dict.fromkeys(_attention_modules(self.model), special_tokens(self.model) if prefix is None else prefix)
+        found = dict.fromkeys(_attention_modules(self.model), special_tokens(self.model))
+        for part in self.model.modules():  # the transformer may be a part of the model; an inner one has its own say
+            prefix = getattr(part, "num_prefix_tokens", None)
+            if prefix is not None and part not in found:
+                found |= dict.fromkeys(_attention_modules(part), prefix)
+        return found
 
     def attach(self) -> None:
         self._fused = [(module, module.fused_attn) for module in _attention_modules(self.model)]
@@ -104,4 +111,4 @@ def _answer(
 
 
 def _attention_modules(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if hasattr(m, "fused_attn") and hasattr(m, "num_heads")]
+    return [m for m in model.modules() if all(hasattr(m, part) for part in _PARTS)]

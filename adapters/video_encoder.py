@@ -49,17 +49,14 @@ class EncoderHost(Host):
         """The model's own call, its self-attention under the policy.
 
         Raises:
-            CacheError: no attention module asked the memory, so the policy would silently do nothing.
+            CacheError: no attention module asked the memory, or no decision fell within any layer's sequence: the
+                policy would silently do nothing.
         """
         self.memory = self.new_memory()
         self.memory.batch = next((len(x) for x in (*args, *inputs.values()) if isinstance(x, Tensor)), None)
         with self.memory.listening():
             out = self.model(*args, **inputs)
-        if not self.memory.layers:
-            raise CacheError(
-                f"none of the {len(self.modules())} attention modules of {type(self.model).__name__} asked the memory, "
-                f"so the policy {self.policy.name!r} did nothing; use the host inside its 'with' block"
-            )
+        self.memory.check_used(self.model)
         return out
 
     def stats(self) -> MemoryStats:

@@ -67,11 +67,7 @@ class VideoLLMHost(CausalLMHost):
         self.vision_memory = EncoderMemory(self.vision, self.vision_interval, modules)
         with self.vision_memory.listening():
             out = super()._run(call, inputs)
-        if not self.vision_memory.layers:
-            raise CacheError(
-                f"none of the {len(modules)} attention modules of the vision tower asked the memory, so the policy "
-                f"{self.vision.name!r} did nothing there"
-            )
+        self.vision_memory.check_used(vision_towers(self.model)[0])
         return out
 
     def vision_stats(self) -> MemoryStats:

@@ -124,6 +124,8 @@ def markdown(summary: Summary) -> str:
 
 def _lines(cell: dict[str, Any]) -> tuple[str, str, str, str]:
     kept, size = cell["kept_at_updates"], cell["bytes_total"]
+    if math.isnan(kept):  # no update in any unit, as with the full cache
+        kept = cell["kept_fraction"]
     return (
         _estimate(cell["score"]),
         "–" if math.isnan(kept) else f"{kept:.1%}",

@@ -24,8 +24,8 @@ class Row:
     """One unit under one policy and seed.
 
     `score` is in the unit named by `metric`. `kept_fraction` is retained / seen at the end of the unit,
-    `kept_at_updates` its mean just after the updates, `budget` what a rule was given, `seconds` the time since the
-    row before (units evaluated together share it unevenly). None: not measured.
+    `kept_at_updates` its mean just after the updates (None: there was none), `budget` what a rule was given, `seconds`
+    the time since the row before (units evaluated together share it unevenly). None: not measured.
     """
 
     task: str

@@ -68,11 +68,9 @@ class MemoryAgent:
         """What the memory of a row holds, or held when the row's first episode was forgotten: fields of an outcome."""
         if row not in self._measured:
             whole = self.host.stats()
-            layers = self.host.cache.layers if self.host.cache else []
-            decisions = sum(layer.updates[row] for layer in layers)
             self._measured[row] = {
-                "kept_fraction": whole.rows()[row],
-                "kept_at_updates": sum(layer.kept[row] for layer in layers) / decisions if decisions else 1.0,
+                "kept_fraction": whole.kept_fraction_by_row[row],
+                "kept_at_updates": whole.kept_by_row[row],
                 # Rows are allocated together, each as wide as the fullest.
                 "bytes_kv": whole.bytes["kv"] // self.num_envs,
                 "bytes_total": whole.bytes["total"] // self.num_envs,

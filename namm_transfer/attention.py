@@ -17,7 +17,7 @@ from namm_transfer.errors import UnsupportedModelError
 from namm_transfer.masks import AttentionMask, make_mask
 from namm_transfer.tiles import AttentionOptions, attend
 
-__all__ = ["NAME", "AttentionOptions", "Memory", "expecting", "namm_attention", "register"]
+__all__ = ["NAME", "AttentionOptions", "Memory", "expecting", "namm_attention", "namm_mask", "register"]
 
 NAME = "namm"
 """The implementation's name: ``model.set_attn_implementation("namm")``."""
@@ -28,6 +28,10 @@ class Memory(Protocol):
 
     def expects(self, module: nn.Module, key: Tensor) -> bool:
         """Whether this call is meant for the memory."""
+        ...
+
+    def new_call(self) -> Memory | None:
+        """Who expects the attention calls of a model that has just begun: this memory, or another, or none."""
         ...
 
     def attend(
@@ -86,7 +90,15 @@ def namm_attention(
     return attend(query, key, value, mask, options, None).transpose(1, 2).contiguous(), None
 
 
+def namm_mask(*args: Any, **request: Any) -> AttentionMask:
+    """The mask function registered as ``namm``. A model makes its masks before its first layer."""
+    memory = expecting.get()
+    if memory is not None:
+        expecting.set(memory.new_call())
+    return make_mask(*args, **request)
+
+
 def register() -> None:
     """Make the implementation known to transformers; models that do not ask for it are untouched."""
     AttentionInterface.register(NAME, namm_attention)
-    AttentionMaskInterface.register(NAME, make_mask)
+    AttentionMaskInterface.register(NAME, namm_mask)

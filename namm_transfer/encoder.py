@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from namm_transfer.attention import AttentionOptions, expecting
-from namm_transfer.errors import UnsupportedModelError
+from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.layer import check_interval, watch
 from namm_transfer.masks import AttentionMask
 from namm_transfer.scoring import LayerView, Policy
@@ -59,6 +59,9 @@ class EncoderMemory:
     def expects(self, module: nn.Module, key: Tensor) -> bool:
         return module in self.modules
 
+    def new_call(self) -> EncoderMemory:
+        return self
+
     @torch.no_grad()
     def attend(
         self,
@@ -72,6 +75,7 @@ class EncoderMemory:
         """Stream the queries [B, H, N, D] past the layer's keys and values; return [B, H, N, V].
 
         Raises:
+            ConfigError: the policy is a population that does not fit the batch.
             UnsupportedModelError: the call has a mask, or other tokens in the queries than in the keys.
         """
         if isinstance(mask, AttentionMask):
@@ -82,6 +86,7 @@ class EncoderMemory:
                 f"{query.shape[2]} queries, {key.shape[2]} keys and {'a' if mask is not None else 'no'} mask"
             )
         rows, _, count, _ = query.shape
+        self._check_rows(module, rows)
         device = query.device
         # temporal order, special tokens last; positions are ranks in that order
         order = torch.arange(count, device=device).roll(-self.modules[module])
@@ -113,6 +118,40 @@ class EncoderMemory:
         tokens.trim(settled=True)
         passes.append(record)
         return out
+
+    def _check_rows(self, module: nn.Module, rows: int) -> None:
+        inputs = rows if self.batch is None else self.batch
+        self.policy.check_rows(inputs)
+        if rows == inputs:
+            return
+        try:  # a patch over time, a frame: an input has several rows
+            self.policy.check_rows(inputs, [row * inputs // rows for row in range(rows)])
+        except ConfigError as error:
+            raise ConfigError(
+                f"{type(module).__name__} attends in {rows} rows for {inputs} inputs: a layer with several rows per "
+                "input cannot carry a population; evaluate its members one by one"
+            ) from error
+
+    def check_used(self, model: nn.Module) -> None:
+        """To be called after a call of the model: the policy must have had something to do.
+
+        Raises:
+            CacheError: no attention module asked the memory, or no decision fell within any layer's sequence.
+        """
+        if not self.layers:
+            raise CacheError(
+                f"none of the {len(self.modules)} attention modules of {type(model).__name__} asked the memory, so the "
+                f"policy {self.policy.name!r} did nothing; use the host inside its 'with' block"
+            )
+        passes = [p for layer in self.layers.values() for p in layer]
+        if self.policy.evicts and not any(p.updates for p in passes):
+            longest = max(p.count for p in passes)
+            advice = f"choose a multiple of {HOP} below {longest}" if longest > HOP else "no interval is that small"
+            raise CacheError(
+                f"the policy {self.policy.name!r} never decided in {type(model).__name__}: its layers attend to at "
+                f"most {longest} tokens, and with update_interval={self.update_interval} no decision falls within "
+                f"them; {advice}"
+            )
 
     def stats(self) -> MemoryStats:
         """What the layers retained after their last decision, layers in the order of their calls.

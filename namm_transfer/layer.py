@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def check_interval(update_interval: Any) -> int:
     Raises:
         ConfigError: it is not.
     """
-    if isinstance(update_interval, bool) or not isinstance(update_interval, int):
+    if isinstance(update_interval, bool) or not isinstance(update_interval, Integral):
         raise ConfigError(f"update_interval must be an int; got {update_interval!r}")
     if update_interval < HOP or update_interval % HOP:
         raise ConfigError(f"update_interval must be a positive multiple of {HOP}; got {update_interval}")
-    return update_interval
+    return int(update_interval)
 
 
 def watch(
@@ -138,6 +139,10 @@ class LayerMemory(CacheLayerMixin):
                 "(for a composite model: {'text_config': 'namm'}), or use namm_transfer.adapt(model, policy)"
             )
 
+    def new_call(self) -> Memory | None:
+        # keys still waiting when a model begins its call were another model's: check_consumed tells their user
+        return self._outer
+
     def get_seq_length(self) -> int:
         """Tokens seen, padding included (not tokens retained): positions go on correctly after evictions."""
         return self.total
@@ -181,7 +186,8 @@ class LayerMemory(CacheLayerMixin):
 
         Raises:
             CacheError: the mask does not cover all tokens seen.
-            UnsupportedModelError: the queries are not of the same tokens as the keys (cross-attention).
+            UnsupportedModelError: the queries are not of the same tokens as the keys (cross-attention), or a 4-D mask
+                is none that a memory can honour.
         """
         expecting.set(self._outer)
         self._pending = None
@@ -191,7 +197,7 @@ class LayerMemory(CacheLayerMixin):
                 "keys: a memory serves self-attention only"
             )
         if isinstance(mask, Tensor):
-            mask = from_tensor(mask, self.total)
+            mask = from_tensor(mask, self.seen, self.total)
         elif mask is None:
             mask = AttentionMask(causal_mask_function)
         count = query.shape[2]
@@ -207,7 +213,12 @@ class LayerMemory(CacheLayerMixin):
             self.tokens.add_fields(unfinished)
         runs = list(_runs(list(zip(self.seen, added, strict=True))))
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        if len(runs) > 1 and count <= HOP:
+        by_token = len(runs) > 1 and count <= HOP
+        if by_token and count > 1:  # a query that attends to later tokens (of an image) needs them beside it
+            by_token = not any(
+                RunMask(mask, a, b, query.device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in runs
+            )
+        if by_token:
             for i in range(count):  # rows at different points that decode together
                 rows = torch.ones(len(self.seen), dtype=torch.bool, device=key.device) if given is None else given[:, i]
                 token = slice(i, i + 1)

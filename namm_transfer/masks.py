@@ -106,6 +106,13 @@ class RunMask:
         seen = self.mask.allowed(self.rows, index[:, :1], index[:, None, 1:])  # [R, 1, 1, left]
         return int(seen.cumprod(-1).sum(-1).max())
 
+    def reaches_ahead(self, begin: int, end: int) -> bool:
+        """Whether some query of the positions [begin, end) attends to a later one of them."""
+        if self.mask.causal or end - begin < 2:
+            return False
+        index = self._index(torch.arange(begin, end, device=self.rows.device).expand(len(self.rows), -1))
+        return bool(self.mask.allowed(self.rows, index, index[:, None]).triu(1).any())
+
     def visible(self, tokens: TokenStore, begin: int, end: int, ahead: int, start: int, stop: int) -> Visible:
         """For the queries [start, stop) of the block of positions [begin, end), which is in the store already.
 
@@ -159,26 +166,45 @@ def make_mask(
     return AttentionMask(mask_function, attention_mask, vmap=use_vmap, **sizes, **request)
 
 
-def from_tensor(mask: Tensor, seen: int) -> AttentionMask:
-    """A 4-D mask [B or 1, H or 1, Q, S] made by the caller: bool, or additive with 0 and a large negative number.
+def from_tensor(mask: Tensor, seen: list[int], total: int) -> AttentionMask:
+    """A 4-D mask [B or 1, 1, Q, S] made by the caller: bool, or additive with 0 and a large negative number.
+
+    Such a mask cannot tell padding from a token that others may not see, so it is taken for batches without padding.
+
+    Args:
+        seen: tokens seen by each row so far.
+        total: the same with padding.
 
     Raises:
-        UnsupportedModelError: the mask adds a bias, or differs between heads.
-        CacheError: it does not cover the tokens seen so far.
+        UnsupportedModelError: the mask adds a bias, or differs between heads, or there is padding.
+        CacheError: it does not cover the batch, or the tokens seen so far.
     """
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise UnsupportedModelError(f"expected a 4-D mask with one head [B, 1, Q, S]; got shape {tuple(mask.shape)}")
-    if mask.shape[3] < seen + mask.shape[2]:
+    if mask.shape[0] not in (1, len(seen)):
+        raise CacheError(f"the 4-D mask has {mask.shape[0]} rows, but the batch has {len(seen)}")
+    if mask.shape[3] < total + mask.shape[2]:
         raise CacheError(
-            f"the 4-D mask covers {mask.shape[3]} keys, but {seen} tokens were seen before these {mask.shape[2]}"
+            f"the 4-D mask covers {mask.shape[3]} keys, but {total} tokens were seen before these {mask.shape[2]}"
         )
     if mask.dtype != torch.bool:
         if not ((mask == 0) | (mask <= -1e4)).all():
             raise UnsupportedModelError("the 4-D mask adds a position bias; the namm attention takes only 0 and -inf")
         mask = mask == 0
+    if any(count != total for count in seen):
+        raise UnsupportedModelError(
+            f"a 4-D mask came after padding (the rows have seen {seen} of {total} tokens), and it cannot tell which "
+            "tokens are padding; pass attention_mask as [B, S], 0 for padding"
+        )
+    unseen = ~mask[:, 0].diagonal(total, 1, 2)  # a query's own token is hidden where the query is padding
+    if unseen.any():
+        raise UnsupportedModelError(
+            f"{int(unseen.sum())} queries of the 4-D mask may not see their own token, as where there is padding; a "
+            "memory that counts tokens needs attention_mask as [B, S], 0 for padding"
+        )
 
     def function(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask[row.clamp(max=mask.shape[0] - 1), 0, query - seen, key]
+        return mask[row.clamp(max=mask.shape[0] - 1), 0, query - total, key]
 
     return AttentionMask(function, batch_size=mask.shape[0], q_length=mask.shape[2], kv_length=mask.shape[3])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,35 @@ class MemoryCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: new keys [B, K, Q, D] and values [B, K, Q, V] of one layer."""
+        """Called by the model's attention: new keys [B, K, Q, D] and values [B, K, Q, V] of one layer.
+
+        Raises:
+            CacheError: the model has another number of layers than those that filled this memory.
+        """
         self.check_consumed()
+        self._check_layers(layer_idx, key_states.shape[2])
         while len(self.layers) <= layer_idx:
             self.layers.append(LayerMemory(len(self.layers), self.policy, self.update_interval))
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def _check_layers(self, index: int, count: int) -> None:
+        """Before ``count`` tokens reach layer ``index``: every call must have passed through the same layers."""
+        used = [layer for layer in self.layers if layer.is_initialized]
+        if not used:
+            return
+        new = index >= len(self.layers) or not self.layers[index].is_initialized
+        if new and used[0].total > count:
+            raise CacheError(
+                f"layer {index} is new to this memory, but layer {used[0].index} had seen "
+                f"{used[0].total - count} tokens before this call: the memory is that of a model with {len(used)} "
+                "layers; use a new MemoryCache for another model"
+            )
+        if index == used[0].index and used[-1].total != used[0].total:
+            raise CacheError(
+                f"layer {used[-1].index} has seen {used[-1].total} tokens, but layer {used[0].index} has seen "
+                f"{used[0].total}: the last call was broken off, or its model has fewer layers than the {len(used)} of "
+                "this memory; use a new MemoryCache for another model"
+            )
 
     def check_consumed(self) -> None:
         """Raise CacheError if a model gave keys but did not attend through this memory (a silent no-op)."""
@@ -82,10 +107,10 @@ class MemoryCache(Cache):
 
     def fork(self, rows: int = 1) -> MemoryCache:
         """An independent copy, with each row ``rows`` times: ask many questions of one remembered input."""
-        if rows < 1:
-            raise ConfigError(f"fork: rows must be at least 1; got {rows}")
+        if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
+            raise ConfigError(f"fork: rows must be an int of at least 1; got {rows!r}")
         count = len(self.layers[0].seen) if self.layers else 0
-        return self._selected(torch.arange(count).repeat_interleave(rows))
+        return self._selected(torch.arange(count).repeat_interleave(int(rows)))
 
     def clear_rows(self, rows: Tensor) -> None:
         """Let some rows [M] start a new sequence while the others go on.
@@ -114,7 +139,11 @@ class MemoryCache(Cache):
     # -- files -----------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write all tokens and the policy's state to one safetensors file."""
+        """Write all tokens and the policy's state to one safetensors file.
+
+        Raises:
+            CacheError: the file cannot be written.
+        """
         self.check_consumed()
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
@@ -130,8 +159,12 @@ class MemoryCache(Cache):
         }
         # whole or not at all; besides, the tensors of a loaded memory may be mapped from the very file
         partial_file = Path(path).with_name(Path(path).name + ".partial")
-        save_file(tensors, partial_file, metadata={"memory": json.dumps(about)})
-        os.replace(partial_file, path)
+        try:
+            save_file(tensors, partial_file, metadata={"memory": json.dumps(about)})
+            os.replace(partial_file, path)
+        except (OSError, SafetensorError) as error:
+            partial_file.unlink(missing_ok=True)
+            raise CacheError(f"cannot write a memory to {str(path)!r}: {type(error).__name__}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, policy: Policy) -> MemoryCache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -52,15 +53,16 @@ class LayerView:
 
 
 def check_budget(budget: Any, *, optional: bool = False) -> Budget | None:
-    """A budget as it may be given: int for tokens, float for a fraction of the tokens seen.
+    """A budget as it may be given, as int (tokens) or float (a fraction of the tokens seen); NumPy's numbers too.
 
     Raises:
         BudgetError: it is missing, of another type, or out of range.
     """
     if budget is None and optional:
         return None
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
+    if isinstance(budget, bool) or not isinstance(budget, Real):
         raise BudgetError(f"a budget is an int (tokens) or a float (fraction of the tokens seen); got {budget!r}")
+    budget = int(budget) if isinstance(budget, Integral) else float(budget)
     if isinstance(budget, int) and budget < 1:
         raise BudgetError(f"a budget in tokens must be at least 1; got {budget}")
     if isinstance(budget, float) and not (math.isfinite(budget) and 0 < budget <= 1):
@@ -95,8 +97,11 @@ class Policy(ABC):
 
     budget: Budget | None = field(default=None)
 
+    optional_budget: ClassVar[bool] = False
+    """The policy works without a budget too."""
+
     def __post_init__(self) -> None:
-        check_budget(self.budget)
+        object.__setattr__(self, "budget", check_budget(self.budget, optional=self.optional_budget))
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""

@@ -6,6 +6,7 @@ Shape legend: B batch rows, K KV heads, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,31 +15,35 @@ from namm_transfer.store import TokenStore
 
 __all__ = ["MemoryStats", "measure"]
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass(frozen=True)
 class MemoryStats:
     """What a memory holds.
 
     Attributes:
-        seen: tokens seen by each row, [B].
+        seen: tokens seen by each row, [B]; where layers see different numbers, those of the first layer.
         retained: tokens retained, [L, B, K].
         kept_fraction: retained / seen now, over all layers, rows and heads.
-        kept_at_updates: retained / seen just after each decision, averaged over decisions; 1.0 before the first.
+        kept_fraction_by_row: the same for each row, [B].
+        kept_at_updates: retained / seen just after each decision, averaged over decisions; None before the first.
             A rule whose budget is this fraction has the same memory.
+        kept_by_row: the same for each row, [B]; None for a row without a decision.
         updates: decisions taken per row, averaged over rows and layers.
+        updates_by_row: decisions of each row, summed over its layers, [B]: the weight of its entry in ``kept_by_row``.
         bytes: really allocated, by use: "kv", "positions", "policy", "total".
     """
 
     seen: list[int]
     retained: Tensor
     kept_fraction: float
-    kept_at_updates: float
+    kept_fraction_by_row: list[float]
+    kept_at_updates: float | None
+    kept_by_row: list[float | None]
     updates: float
+    updates_by_row: list[int]
     bytes: dict[str, int]
-
-    def rows(self) -> list[float]:
-        """The kept fraction of each row."""
-        return [float(self.retained[:, i].float().mean()) / max(s, 1) for i, s in enumerate(self.seen)]
 
 
 def measure(
@@ -54,12 +59,15 @@ def measure(
     """
     if not stores:
         nothing = dict.fromkeys(("kv", "positions", "policy", "total"), 0)
-        return MemoryStats([], torch.zeros(0, 0, 0, dtype=torch.int64), 1.0, 1.0, 0.0, nothing)
+        return MemoryStats([], torch.zeros(0, 0, 0, dtype=torch.int64), 1.0, [], None, [], 0.0, [], nothing)
     inputs = inputs or len(seen[0])
     retained = torch.stack([x.lengths.cpu().unflatten(0, (inputs, -1)).sum(1) for x in stores])
-    decisions = [n for layer in updates for n in layer]
-    total_seen = sum(n for layer in seen for n in layer) * retained.shape[2]
-    totals = torch.tensor(seen[0]).unflatten(0, (inputs, -1)).sum(1).tolist()
+    seen_by_layer = [_by_input(layer, inputs) for layer in seen]
+    seen_by_row = _summed(seen_by_layer)
+    updates_by_row = _summed([_by_input(layer, inputs) for layer in updates])
+    summed_by_row = _summed([_by_input(layer, inputs) for layer in kept])
+    retained_by_row = retained.sum((0, 2)).tolist()
+    heads = retained.shape[2]
     size = {
         "kv": sum(x.bytes(("keys", "values")) for x in stores),
         "positions": sum(x.bytes(("positions",)) for x in stores),
@@ -67,10 +75,28 @@ def measure(
     }
     size["policy"] = sum(x.bytes(tuple(k for k, _ in x if k not in ("keys", "values", "positions"))) for x in stores)
     return MemoryStats(
-        seen=totals,
+        seen=seen_by_layer[0],
         retained=retained,
-        kept_fraction=int(retained.sum()) / max(total_seen, 1),
-        kept_at_updates=sum(x for layer in kept for x in layer) / sum(decisions) if sum(decisions) else 1.0,
-        updates=sum(decisions) / len(decisions),
+        kept_fraction=sum(retained_by_row) / max(sum(seen_by_row) * heads, 1),
+        kept_fraction_by_row=[n / max(s * heads, 1) for n, s in zip(retained_by_row, seen_by_row, strict=True)],
+        kept_at_updates=_ratio(sum(summed_by_row), sum(updates_by_row)),
+        kept_by_row=[_ratio(k, n) for k, n in zip(summed_by_row, updates_by_row, strict=True)],
+        updates=sum(updates_by_row) / sum(len(layer) for layer in updates),
+        updates_by_row=updates_by_row,
         bytes=size,
     )
+
+
+def _by_input(values: list[Number], inputs: int) -> list[Number]:
+    """Sum up the rows of each input."""
+    each = len(values) // inputs
+    return [sum(values[i * each : (i + 1) * each]) for i in range(inputs)]
+
+
+def _summed(layers: list[list[Number]]) -> list[Number]:
+    """Sum up layers, row by row."""
+    return [sum(row) for row in zip(*layers, strict=True)]
+
+
+def _ratio(kept: float, decisions: int) -> float | None:
+    return kept / decisions if decisions else None

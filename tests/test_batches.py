@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from namm_transfer import NAMM, MemoryCache, policy
+from namm_transfer.errors import CacheError, UnsupportedModelError
 from namm_transfer.policies import Policy
 
 INTERVAL = 32
@@ -202,3 +203,39 @@ def test_masks_in_four_dimensions(llama, tokens, make_policy, retained, name: st
             second = model(ids[:, 60:], attention_mask=mask[:, :, 60:], past_key_values=cache).logits
         torch.testing.assert_close(torch.cat([first, second], dim=1), want, atol=1e-4, rtol=0)
         assert retained(cache) == retained(plain)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_padding_in_a_mask_of_four_dimensions_is_refused(llama, tokens, make_policy, side: str, form: str) -> None:
+    """It would be counted as tokens: another number of decisions, at other points."""
+    ids, mask = padded(tokens(PROMPT, rows=len(LENGTHS)), side)
+    allowed = torch.ones(PROMPT, PROMPT, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    if form == "additive":
+        allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with pytest.raises(UnsupportedModelError, match=r"may not see their own token.*attention_mask as \[B, S\]"):
+        feed_masked(llama(), MemoryCache(make_policy("h2o"), INTERVAL), ids, allowed)
+
+
+def test_a_mask_of_four_dimensions_after_padding_is_refused(llama, tokens, make_policy) -> None:
+    """Its columns count padding, the memory's positions do not."""
+    model, ids = llama(), tokens(60, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    cache = MemoryCache(make_policy("full"), INTERVAL)
+    feed(model, cache, ids[:, :40], mask[:, :40])
+    allowed = (torch.ones(60, 60, dtype=torch.bool).tril() & mask.bool()[:, None, None])[:, :, 40:]
+    with pytest.raises(UnsupportedModelError, match=r"came after padding.*\[40, 30\] of 40"):
+        feed_masked(model, cache, ids[:, 40:], allowed)
+
+
+def test_a_mask_of_four_dimensions_has_the_rows_of_the_batch(llama, tokens, make_policy) -> None:
+    causal = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    with pytest.raises(CacheError, match="the 4-D mask has 2 rows, but the batch has 3"):
+        feed_masked(llama(), MemoryCache(make_policy("full"), INTERVAL), tokens(20, rows=3), causal)
+
+
+def feed_masked(model: LlamaForCausalLM, cache: MemoryCache, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of more tokens under a mask [rows, 1, count, seen + count]."""
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, past_key_values=cache).logits

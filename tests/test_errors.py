@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +39,40 @@ def test_update_interval_no_multiple_of_a_hop(interval: int) -> None:
 def test_update_interval_of_another_type(interval: object) -> None:
     with pytest.raises(ConfigError, match=rf"update_interval must be an int; got {interval!r}"):
         MemoryCache(policy("full"), update_interval=interval)
+
+
+def test_numbers_of_numpy(llama, tokens) -> None:
+    """They mean what Python's mean, and a memory that was made with them can be saved."""
+    cache = MemoryCache(policy("h2o", budget=np.int64(8)), update_interval=np.int64(32))
+    decode(llama(), cache, tokens(40))
+    assert cache.fork(rows=np.int64(2)).batch_size == 2
+    assert cache.stats().retained.unique().tolist() == [8 + 40 - 32]
+    for given, meant in ((np.int64(8), 8), (np.float32(0.5), 0.5), (np.float64(0.5), 0.5)):
+        assert json.dumps(policy("h2o", budget=given).describe()) == json.dumps(policy("h2o", budget=meant).describe())
+        with pytest.raises(BudgetError, match="takes no budget"):
+            policy("full", budget=given)
+    for wrong in (np.bool_(True), np.int64(0), np.float32(1.5), np.array([8])):
+        with pytest.raises(BudgetError):
+            policy("h2o", budget=wrong)
+    for wrong in (np.bool_(True), np.float64(32.0), np.int64(24)):
+        with pytest.raises(ConfigError, match="update_interval must be"):
+            MemoryCache(policy("full"), update_interval=wrong)
+
+
+@pytest.mark.parametrize("rows", ["2", 0, True, 1.0, None])
+def test_forks_of_no_number_of_rows(rows: object) -> None:
+    with pytest.raises(ConfigError, match=f"fork: rows must be an int of at least 1; got {rows!r}"):
+        MemoryCache(policy("full")).fork(rows)
+
+
+def test_a_file_that_cannot_be_written(llama, tokens, tmp_path: Path) -> None:
+    cache = MemoryCache(policy("full"))
+    decode(llama(), cache, tokens(20))
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "none" / "memory", tmp_path / "folder"):
+        with pytest.raises(CacheError, match=f"cannot write a memory to '{path}'"):
+            cache.save(path)
+    assert [x.name for x in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("given", ["h2o", None, 512])
@@ -131,6 +168,11 @@ def test_the_namm_policy(make_namm) -> None:
         policy("namm")
     with pytest.raises(ConfigError, match=r"needs namm=NAMM.*got 'default'"):
         policy("namm", namm="default")
+    for wrong in ([1, 2], np.zeros((2, NUM_PARAMETERS))):
+        with pytest.raises(ConfigError, match=r"vectors must be a tensor \[rows, 4172\]; got (list|ndarray)"):
+            policy("namm", namm=make_namm(), vectors=wrong)
+    with pytest.raises(ConfigError, match="statistics must be a FeatureStatistics; got 3"):
+        policy("namm", namm=make_namm(), statistics=3)
     with pytest.raises(ConfigError, match="eviction must be 'per_head' or 'reference'; got 'per-head'"):
         policy("namm", namm=make_namm(), eviction="per-head")
 
@@ -260,6 +302,16 @@ def test_a_stale_memory_does_not_meddle(llama, tokens) -> None:
         cache.stats()
     found, want = (llama(layers=1, attention=a)(tokens(40), use_cache=False).logits for a in ("namm", "sdpa"))
     assert torch.equal(found, want)
+
+
+def test_a_memory_left_waiting_does_not_meddle(llama, tokens) -> None:
+    """Before its error was raised too; and it is still raised."""
+    cache = MemoryCache(policy("h2o", budget=8), 16)
+    llama(layers=1, attention="sdpa")(tokens(40), past_key_values=cache)
+    found, want = (llama(layers=1, attention=a)(tokens(40), use_cache=False).logits for a in ("namm", "sdpa"))
+    assert torch.equal(found, want)
+    with pytest.raises(CacheError, match="its attention is not 'namm'"):
+        cache.stats()
 
 
 def test_rows_of_a_population_stay_in_their_places(llama, tokens, make_namm) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from namm_transfer import NAMM, MemoryCache, policy
+from namm_transfer import NAMM, MemoryCache, adapt, policy
 from namm_transfer.attention import expecting
 from namm_transfer.encoder import EncoderMemory
 from namm_transfer.errors import CacheError, ConfigError
@@ -88,7 +88,7 @@ def test_fork_into_rows(llama, tokens, make_policy, retained, name: str) -> None
 def test_fork_of_nothing(llama, tokens, make_policy) -> None:
     fork = MemoryCache(make_policy("h2o"), INTERVAL).fork()
     assert feed(llama(), fork, tokens(20, rows=2)).shape == (2, 20, 256)
-    with pytest.raises(ConfigError, match="rows must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="rows must be an int of at least 1; got 0"):
         fork.fork(rows=0)
 
 
@@ -178,6 +178,38 @@ def test_files_that_hold_no_memory(llama, tokens, make_policy, make_namm, tmp_pa
         MemoryCache.load(tmp_path / "model.safetensors", p)
 
 
+# -- other models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["the same object", "a file"])
+def test_a_model_with_more_layers_is_refused(llama, tokens, make_policy, tmp_path: Path, through: str) -> None:
+    cache = MemoryCache(make_policy("h2o"), INTERVAL)
+    feed(llama(layers=2), cache, tokens(70))
+    if through == "a file":
+        cache.save(tmp_path / "memory")
+        cache = MemoryCache.load(tmp_path / "memory", make_policy("h2o"))
+    with pytest.raises(CacheError, match="layer 2 is new to this memory, but layer 0 had seen 70 tokens.*2 layers"):
+        feed(llama(layers=3), cache, tokens(5))
+
+
+@pytest.mark.parametrize("through", ["the same object", "a file"])
+def test_a_model_with_fewer_layers_is_refused(llama, tokens, make_policy, tmp_path: Path, through: str) -> None:
+    """Whether the last layers are left out shows when the next call begins."""
+    cache = MemoryCache(make_policy("h2o"), INTERVAL)
+    feed(llama(layers=3), cache, tokens(70))
+    if through == "a file":
+        cache.save(tmp_path / "memory")
+        cache = MemoryCache.load(tmp_path / "memory", make_policy("h2o"))
+    feed(llama(layers=2), cache, tokens(5))
+    with pytest.raises(CacheError, match="layer 2 has seen 70 tokens, but layer 0 has seen 75.*fewer layers"):
+        feed(llama(layers=2), cache, tokens(5))
+    with adapt(llama(layers=2, attention="sdpa", seed=1), make_policy("h2o"), INTERVAL) as host:
+        cache = MemoryCache(make_policy("h2o"), INTERVAL)
+        feed(llama(layers=3), cache, tokens(70))
+        with pytest.raises(CacheError, match="a memory of 3 layers, but LlamaForCausalLM has 2"):
+            host(input_ids=tokens(5), past_key_values=cache)
+
+
 # -- beams -------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +287,7 @@ def test_bytes_are_those_of_the_tensors(llama, tokens, make_policy, name: str) -
 def test_fractions(llama, tokens, make_policy, name: str) -> None:
     model, ids, rows = llama(), tokens(200, rows=2), 2
     cache, at_updates = MemoryCache(make_policy(name), INTERVAL), []
-    assert (cache.stats().kept_fraction, cache.stats().kept_at_updates, cache.stats().updates) == (1.0, 1.0, 0.0)
+    assert (cache.stats().kept_fraction, cache.stats().kept_at_updates, cache.stats().updates) == (1.0, None, 0.0)
     for start in range(0, 192, INTERVAL):
         feed(model, cache, ids[:, start : start + INTERVAL])
         at_updates.append(cache.stats().retained.double() / (start + INTERVAL))
@@ -266,12 +298,39 @@ def test_fractions(llama, tokens, make_policy, name: str) -> None:
     assert stats.seen == [200, 200]
     assert stats.kept_fraction == pytest.approx(sum(n for x in retained for y in x for n in y) / (200 * 2 * rows * 2))
     for b in range(rows):
-        assert stats.rows()[b] == pytest.approx(float(stats.retained[:, b].double().mean() / 200))
+        assert stats.kept_fraction_by_row[b] == pytest.approx(float(stats.retained[:, b].double().mean() / 200))
     if name == "full":
-        assert (stats.updates, stats.kept_at_updates) == (0, 1)
+        assert (stats.updates, stats.kept_at_updates) == (0, None)
+        assert (stats.updates_by_row, stats.kept_by_row) == ([0, 0], [None, None])
     else:
         assert stats.updates == 6
         assert stats.kept_at_updates == pytest.approx(float(torch.stack(at_updates).mean()))
+        assert stats.updates_by_row == [6 * 2] * rows
+        assert stats.kept_by_row == pytest.approx(torch.stack(at_updates).mean((0, 1, 3)).tolist())
+
+
+def test_a_row_without_a_decision_has_no_kept_fraction(llama, tokens, make_policy) -> None:
+    """It does not count as one that kept everything, and the others' fraction is theirs alone."""
+    model, ids = llama(), tokens(100, rows=3)
+    lengths = (100, 20, 70)
+    mask = (torch.arange(100) >= 100 - torch.tensor(lengths).unsqueeze(1)).long()
+    cache = MemoryCache(make_policy("namm"), INTERVAL)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    together, alone = cache.stats(), []
+    for row, length in enumerate(lengths):
+        single = MemoryCache(make_policy("namm"), INTERVAL)
+        feed(model, single, ids[row : row + 1, 100 - length :])
+        alone.append(single.stats())
+    assert together.updates_by_row == [6, 0, 4]
+    assert together.kept_by_row[1] is None
+    for row in (0, 2):
+        assert together.kept_by_row[row] == pytest.approx(alone[row].kept_at_updates)
+        assert together.kept_by_row[row] < 1
+    assert together.kept_by_row[0] != together.kept_by_row[2]
+    weighted = (6 * together.kept_by_row[0] + 4 * together.kept_by_row[2]) / 10
+    assert together.kept_at_updates == pytest.approx(weighted)
+    assert together.kept_fraction_by_row == pytest.approx([one.kept_fraction for one in alone])
 
 
 def _positions(cache: MemoryCache) -> list[list[list[list[int]]]]:

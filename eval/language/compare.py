@@ -82,7 +82,7 @@ def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") ->
             Line(
                 policy=name,
                 budget=budget,
-                kept=float(np.mean([_number(column[unit].kept_at_updates) for unit in units])),
+                kept=_mean([column[unit].kept_at_updates for unit in units]),
                 accuracy=float(np.mean([column[unit].detail["token_accuracy"] for unit in units])),
                 loss=_paired(column, columns[full], units),
                 by_kind=_by_kind(column, columns[full], units),
@@ -135,6 +135,12 @@ def _by_kind(column: Mapping[str, Row], full: Mapping[str, Row], units: Sequence
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Over those that there are: a unit without a decision has no kept fraction."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _interval(estimate: Estimate) -> str:

@@ -77,11 +77,12 @@ def read_sample(model: PreTrainedModel, sample: Sample, memory: Policy, update_i
     rest = ids[shared:].expand(rows, -1)
     logits = model(input_ids=rest, past_key_values=cache, use_cache=True, logits_to_keep=targets - 1 - shared).logits
     answer = ids[targets]
+    stats = cache.stats()
     return Reading(
         log_likelihood=torch.stack([_mean_log_likelihood(row, answer) for row in logits]),
         accuracy=(logits.argmax(-1) == answer).double().mean(-1),
-        kept=_kept_by_row(cache, rows),
-        stats=cache.stats(),
+        kept=torch.tensor([1.0 if kept is None else kept for kept in stats.kept_by_row], dtype=torch.float64),
+        stats=stats,
     )
 
 
@@ -132,9 +133,3 @@ def _mean_log_likelihood(logits: Tensor, answer: Tensor) -> Tensor:
     """Of the answer tokens [M] under logits [M, vocabulary]; one row at a time, since logits are large."""
     chosen = logits.float().log_softmax(-1).gather(1, answer.unsqueeze(1))
     return chosen.double().mean()
-
-
-def _kept_by_row(cache: MemoryCache, rows: int) -> Tensor:
-    kept = torch.tensor([layer.kept for layer in cache.layers], dtype=torch.float64).sum(0)
-    updates = torch.tensor([layer.updates for layer in cache.layers], dtype=torch.float64).sum(0)
-    return torch.where(updates > 0, kept / updates.clamp_min(1), torch.ones(rows, dtype=torch.float64))

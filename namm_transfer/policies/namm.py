@@ -15,7 +15,7 @@ from torch import Tensor
 from namm_transfer import network
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.network import NAMM, NUM_PARAMETERS
-from namm_transfer.scoring import Fields, LayerView, Policy, check_budget, recent
+from namm_transfer.scoring import Fields, LayerView, Policy, recent
 from namm_transfer.spectrogram import BINS, HOP, advance, loaded, stored
 
 __all__ = ["FeatureStatistics", "NAMMPolicy"]
@@ -65,17 +65,22 @@ class NAMMPolicy(Policy):
 
     name: ClassVar[str] = "namm"
     observes: ClassVar[bool] = True
+    optional_budget: ClassVar[bool] = True
     namm: NAMM
     eviction: Eviction = "per_head"
     vectors: Tensor | None = None
     statistics: FeatureStatistics | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self.budget, optional=True)
+        super().__post_init__()
         if not isinstance(self.namm, NAMM):
             raise ConfigError(f"policy 'namm' needs namm=NAMM, e.g. NAMM.from_pretrained('default'); got {self.namm!r}")
         if self.eviction not in ("per_head", "reference"):
             raise ConfigError(f"eviction must be 'per_head' or 'reference'; got {self.eviction!r}")
+        if self.vectors is not None and not isinstance(self.vectors, Tensor):
+            raise ConfigError(f"vectors must be a tensor [rows, {NUM_PARAMETERS}]; got {type(self.vectors).__name__}")
+        if self.statistics is not None and not isinstance(self.statistics, FeatureStatistics):
+            raise ConfigError(f"statistics must be a FeatureStatistics; got {self.statistics!r}")
         for name, value in (*self.namm.state_dict().items(), ("vectors", self.vectors)):
             if value is not None and not torch.isfinite(value).all():
                 bad = int((~torch.isfinite(value)).sum())

@@ -117,6 +117,30 @@ def test_another_cache_is_refused() -> None:
             host(input_ids=prompt(1, 8), use_cache=False)
 
 
+def test_inputs_by_position() -> None:
+    ids, model = prompt(1, 50), causal_lm("llama")
+    with adapt(model, evictor(), INTERVAL) as host:
+        assert torch.equal(host(ids).logits, host(input_ids=ids).logits)
+        assert torch.equal(host(ids, torch.ones_like(ids)).logits, host(input_ids=ids).logits)
+        settings = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(host.generate(ids, **settings), host.generate(input_ids=ids, **settings))
+        assert host.stats().seen == [53]
+        with pytest.raises(TypeError, match="multiple values"):
+            host(ids, input_ids=ids)
+
+
+def test_use_cache_none_is_as_the_host_likes() -> None:
+    with adapt(causal_lm("llama"), evictor(), INTERVAL) as host:
+        host(input_ids=prompt(1, 50), use_cache=None)
+        assert host.stats().updates == 1
+
+
+@pytest.mark.parametrize("given", [None, "llama", nn.Linear])
+def test_what_is_no_model_is_refused(given: object) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"adapt needs a model, a torch.nn.Module; got"):
+        adapt(given, policy("full"))
+
+
 def test_outside_of_the_block_nothing_is_evicted_silently() -> None:
     host = adapt(causal_lm("llama"), evictor(), INTERVAL)
     with pytest.raises(CacheError, match="attention is not 'namm'"):

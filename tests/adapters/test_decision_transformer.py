@@ -97,6 +97,8 @@ def test_whole_sequence_call(model, episode) -> None:
         expected = model(**inputs).action_preds
         with adapt(model, policy("h2o", budget=1.0), update_interval=48) as host:
             torch.testing.assert_close(host(**inputs).action_preds, expected, atol=1e-5, rtol=0)
+            rest = {k: v for k, v in inputs.items() if k != "states"}
+            torch.testing.assert_close(host(states, **rest).action_preds, expected, atol=1e-5, rtol=0)
         with adapt(model, policy("h2o", budget=0.3), update_interval=48) as host:
             assert (host(**inputs).action_preds - expected).abs().max() > 1e-4
             assert host.stats().kept_at_updates == pytest.approx(0.3, abs=0.02)

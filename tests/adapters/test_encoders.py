@@ -27,7 +27,7 @@ from namm_transfer import NAMM, adapt, policy
 from namm_transfer.adapters.timesformer import TimesformerHost
 from namm_transfer.adapters.timm_vit import TimmHost
 from namm_transfer.adapters.video_encoder import VideoEncoderHost
-from namm_transfer.errors import CacheError
+from namm_transfer.errors import CacheError, ConfigError
 from namm_transfer.network import NUM_PARAMETERS
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -87,6 +87,20 @@ def timm_map_pool() -> tuple[nn.Module, dict]:
     return timm_vit("vit_base_patch16_siglip_224")
 
 
+class OwnViT(timm.models.VisionTransformer):
+    """A class outside timm."""
+
+
+def timm_own_class() -> tuple[nn.Module, dict]:
+    model = OwnViT(img_size=64, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=5, reg_tokens=2)
+    return model, {"x": torch.randn(2, 3, 64, 64)}
+
+
+def timm_within() -> tuple[nn.Module, dict]:
+    model, inputs = timm_registers()
+    return nn.Sequential(model, nn.LayerNorm(5)), {"input": inputs["x"]}
+
+
 HOSTS: dict[str, tuple[Callable[[], tuple[nn.Module, dict]], type]] = {
     "vivit": (vivit, VideoEncoderHost),
     "videomae": (videomae, VideoEncoderHost),
@@ -99,6 +113,8 @@ HOSTS: dict[str, tuple[Callable[[], tuple[nn.Module, dict]], type]] = {
     "timm_registers": (timm_registers, TimmHost),
     "timm_eva": (timm_eva, TimmHost),
     "timm_map_pool": (timm_map_pool, TimmHost),
+    "timm_own_class": (timm_own_class, TimmHost),
+    "timm_within": (timm_within, TimmHost),
 }
 
 
@@ -167,6 +183,32 @@ def test_special_tokens_are_read_out_last() -> None:
     assert retained[0][0][0].tolist() == [62, 63, 64, 0]
 
 
+@pytest.mark.parametrize(("build", "special"), [(timm_vit, 1), (timm_own_class, 3), (timm_within, 5), (timm_eva, 1)])
+def test_timms_special_tokens_are_counted_wherever_the_transformer_is(build: Callable, special: int) -> None:
+    found = adapt(build()[0], policy("full")).modules()
+    assert list(found.values()) == [special, special]
+
+
+def test_statistics_of_layers_with_other_numbers_of_tokens() -> None:
+    """TimeSformer's temporal modules see 64 patches over 4 frames and never decide, the spatial ones 65 tokens."""
+    model, inputs = timesformer()
+    with adapt(model.eval(), policy("full"), update_interval=16) as adapted:
+        output(adapted, inputs)
+        stats = adapted.stats()
+    assert (stats.kept_fraction, stats.kept_fraction_by_row) == (1.0, [1.0, 1.0])
+    assert (stats.kept_at_updates, stats.kept_by_row, stats.updates_by_row) == (None, [None, None], [0, 0])
+    with adapt(model, policy("h2o", budget=0.2), update_interval=16) as adapted:
+        output(adapted, inputs)
+        stats = adapted.stats()
+    # an input has 64 temporal sequences of 4 tokens, and 4 spatial ones of 65, of which 13 stay after a decision
+    expected = (64 * 4 + 4 * 13) / (64 * 4 + 4 * 65)
+    assert stats.kept_fraction == pytest.approx(expected)
+    assert stats.kept_fraction_by_row == pytest.approx([expected] * 2)
+    assert stats.kept_by_row == pytest.approx([13 / 65] * 2)
+    assert stats.updates_by_row == [2 * 4 * 4] * 2  # layers, frames, decisions of each
+    assert stats.kept_at_updates == pytest.approx(13 / 65)
+
+
 def test_attention_work_shrinks() -> None:
     model, inputs = vivit()
     with adapt(model.eval(), policy("key_norm", budget=0.25), update_interval=16) as adapted:
@@ -181,6 +223,45 @@ def test_a_host_outside_its_block_is_no_silent_no_op() -> None:
     adapted = adapt(model.eval(), policy("key_norm", budget=0.5))
     with pytest.raises(CacheError, match="did nothing"):
         adapted(**inputs)
+
+
+def test_an_interval_that_no_decision_falls_within_is_no_silent_no_op() -> None:
+    model, inputs = vivit()
+    with (
+        adapt(model.eval(), policy("key_norm", budget=0.5), update_interval=80) as adapted,
+        pytest.raises(CacheError, match="at most 65 tokens.*update_interval=80.*multiple of 16 below 65"),
+    ):
+        output(adapted, inputs)
+    with adapt(model, policy("full"), update_interval=80) as adapted:  # has nothing to decide
+        output(adapted, inputs)
+        assert adapted.stats().kept_fraction == 1.0
+
+
+def test_a_population_has_a_row_for_every_input() -> None:
+    """Each row under its own parameters is what it gets alone under them; another number of rows is refused."""
+    model, inputs = vivit()
+    vectors = torch.randn(2, NUM_PARAMETERS, generator=torch.Generator().manual_seed(1)) * 0.1
+    members = [policy("namm", namm=NAMM.from_vector(vector), budget=0.3) for vector in vectors]
+    population = policy("namm", namm=NAMM(), vectors=vectors, budget=0.3)
+    with adapt(model.eval(), population, update_interval=16) as adapted:
+        together = output(adapted, inputs)
+        for rows in (1, 3):
+            with pytest.raises(ConfigError, match=f"vectors has 2 rows, but the batch has {rows}"):
+                output(adapted, {"pixel_values": torch.randn(rows, 8, 3, 32, 32)})
+    for row, member in enumerate(members):
+        with adapt(model, member, update_interval=16) as adapted:
+            alone = output(adapted, {"pixel_values": inputs["pixel_values"][row : row + 1]})
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_a_layer_with_several_rows_per_input_cannot_carry_a_population() -> None:
+    model, inputs = timesformer()
+    population = policy("namm", namm=NAMM(), vectors=torch.zeros(2, NUM_PARAMETERS))
+    with (
+        adapt(model.eval(), population, update_interval=16) as adapted,
+        pytest.raises(ConfigError, match="attends in 128 rows for 2 inputs.*cannot carry a population"),
+    ):
+        output(adapted, inputs)
 
 
 def test_restored_after_an_error() -> None:

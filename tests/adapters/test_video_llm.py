@@ -54,6 +54,20 @@ def test_left_padding_and_neighbours_change_nothing(name: str, keep) -> None:
     assert checks.left_padding(video_llm(name), rows, batch(rows), keep) <= TOLERANCE
 
 
+@pytest.mark.parametrize("keep", [KEEPERS["full"], POLICIES["namm"]], ids=["full", "namm"])
+def test_an_image_within_a_hop_is_seen_whole_in_a_padded_batch(keep) -> None:
+    """Few tokens in rows at different points: an image's tokens attend to the later ones of it all the same."""
+    name = "gemma3-short"
+    rows = [row(name, 0, before=3, after=2), row(name, 1, before=2, after=1)]
+    together = batch(rows)
+    assert together["input_ids"].shape[1] <= 16
+    assert checks.left_padding(video_llm(name), rows, together, keep) <= TOLERANCE
+    mask = together["attention_mask"].unsqueeze(-1)
+    expected = video_llm(name)(**together).logits  # fewer tokens than an interval: nothing is evicted
+    with adapt(video_llm(name), keep, INTERVAL) as host:
+        assert checks.distance(host(**together).logits * mask, expected * mask) <= TOLERANCE
+
+
 @every_model
 def test_beam_search_is_the_unmodified_models(name: str) -> None:
     checks.beams(video_llm(name), row(name, 0))
@@ -102,6 +116,14 @@ def test_a_tower_under_a_budget_evicts(name: str) -> None:
     assert text.kept_fraction == 1.0
     assert (stats.retained < torch.tensor(stats.seen).view(1, -1, 1)).all()
     assert checks.distance(ours, logits) > 1e-3
+
+
+def test_a_tower_whose_policy_never_decides_is_no_silent_no_op() -> None:
+    with (
+        adapt(video_llm("llava"), KEEPERS["full"], INTERVAL, vision=evictor("h2o"), vision_interval=32) as host,
+        pytest.raises(CacheError, match="CLIPVisionModel: its layers attend to at most 17 tokens"),
+    ):
+        host(**row("llava", 0))
 
 
 def test_a_tower_is_asked_while_generating() -> None:

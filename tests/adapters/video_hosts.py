@@ -54,6 +54,16 @@ class VideoLLM:
     prefix: bool = False
 
 
+_GEMMA3 = {
+    "model_type": "gemma3",
+    "image_token_index": IMAGE,
+    "boi_token_index": VISION_START,
+    "eoi_token_index": VISION_END,
+    "vision_config": _SIGLIP,
+    "text_config": _LM
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
+    | {"head_dim": 8, "query_pre_attn_scalar": 8},
+}
 _IMAGES = ("pixel_values", (FRAMES, 3, SIZE, SIZE))
 _VIDEO = ("pixel_values_videos", (1, FRAMES, 3, SIZE, SIZE))
 # two frames and 4 x 4 pixels a patch; fewer steps in time than merged patches in width, because where it is the other
@@ -101,6 +111,7 @@ VIDEO_LLMS: dict[str, VideoLLM] = {
         | {
             "vision_config": _QWEN
             | {"hidden_size": 24, "out_hidden_size": 32, "window_size": 16, "tokens_per_second": 1}
+            | {"fullatt_block_indexes": [1]}  # a window of 16 tokens is no longer than any update interval
         },
         _PATCHES,
         _THW,
@@ -139,17 +150,10 @@ VIDEO_LLMS: dict[str, VideoLLM] = {
         spans=FRAMES,
     ),
     "gemma3": VideoLLM(  # the tokens of an image attend to each other, within the sliding window too
-        {"model_type": "gemma3", "image_token_index": IMAGE, "boi_token_index": VISION_START}
-        | {"eoi_token_index": VISION_END, "mm_tokens_per_image": 16, "vision_config": _SIGLIP}
-        | {
-            "text_config": _LM
-            | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
-            | {"head_dim": 8, "query_pre_attn_scalar": 8}
-        },
-        _IMAGES,
-        kind="image",
-        spans=FRAMES,
-        types="token_type_ids",
+        _GEMMA3 | {"mm_tokens_per_image": 16}, _IMAGES, kind="image", spans=FRAMES, types="token_type_ids"
+    ),
+    "gemma3-short": VideoLLM(  # a prompt with its image may be shorter than a hop
+        _GEMMA3 | {"mm_tokens_per_image": 4}, ("pixel_values", (1, 3, SIZE, SIZE)), kind="image", types="token_type_ids"
     ),
     "paligemma": VideoLLM(  # the whole prompt attends to itself
         {"model_type": "paligemma", "image_token_index": IMAGE, "projection_dim": 32, "vision_config": _SIGLIP}

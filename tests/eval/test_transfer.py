@@ -78,6 +78,14 @@ def test_each_episode_is_measured_when_it_ends_whatever_the_others_do(episodes):
     assert all(0.4 < o.kept_at_updates < 0.6 for o in together.values())
 
 
+def test_an_episode_that_ends_before_a_decision_has_no_kept_fraction_at_updates(episodes):
+    """A rule that is to match must not be given a memory that nothing was evicted from."""
+    long = replace(episodes, model=episodes.model | {"update_interval": 4096})
+    outcomes = list(long.evaluate(long.units(0), policy("streaming", budget=0.5), 0))
+    assert [o.kept_at_updates for o in outcomes] == [None] * 3
+    assert [o.kept_fraction for o in outcomes] == [1.0] * 3
+
+
 def test_seeds_of_episodes_are_common_to_policies_and_differ_between_seeds(episodes):
     assert episodes.units(0) == episodes.units(0)
     assert not {u.id for u in episodes.units(0)} & {u.id for u in episodes.units(1)}
