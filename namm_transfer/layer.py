@@ -208,9 +208,6 @@ class LayerMemory(CacheLayerMixin):
             )
         given = None if mask.padding is None else mask.padding[:, self.total : self.total + count]
         added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
-        unfinished = self.policy.unfinished_fields(key.dtype)
-        if any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
-            self.tokens.add_fields(unfinished)
         runs = list(_runs(list(zip(self.seen, added, strict=True))))
         out = query.new_zeros(*query.shape[:3], value.shape[-1])
         by_token = len(runs) > 1 and count <= HOP
@@ -218,6 +215,9 @@ class LayerMemory(CacheLayerMixin):
             by_token = not any(
                 RunMask(mask, a, b, query.device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in runs
             )
+        unfinished = self.policy.unfinished_fields(key.dtype)
+        if by_token or any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
+            self.tokens.add_fields(unfinished)
         if by_token:
             for i in range(count):  # rows at different points that decode together
                 rows = torch.ones(len(self.seen), dtype=torch.bool, device=key.device) if given is None else given[:, i]

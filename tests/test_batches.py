@@ -74,6 +74,22 @@ def test_padded_rows_equal_single_rows(llama, tokens, make_policy, retained, nam
         assert cache.stats().seen[row] == length + steps
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_between_hops_take_a_whole_hop_together(llama, tokens, make_policy, retained, name: str) -> None:
+    """Both rows begin and end the call with a finished hop, and are in the middle of one while it lasts."""
+    model, lengths = llama(), (48, 32)
+    ids, more = tokens(48, rows=2), tokens(16, rows=2, seed=1)
+    mask = (torch.arange(48) >= 48 - torch.tensor(lengths).unsqueeze(1)).long()
+    cache = MemoryCache(make_policy(name), INTERVAL)
+    feed(model, cache, ids.masked_fill(mask == 0, 0), mask)
+    logits = feed(model, cache, more, torch.cat([mask, torch.ones(2, 16, dtype=torch.int64)], dim=1))
+    for row, length in enumerate(lengths):
+        alone = MemoryCache(make_policy(name), INTERVAL)
+        want = feed(model, alone, torch.cat([ids[row, 48 - length :], more[row]]).unsqueeze(0))[0, length:]
+        torch.testing.assert_close(logits[row], want, atol=1e-4, rtol=0)
+        assert [layer[row] for layer in retained(cache)] == [layer[0] for layer in retained(alone)]
+
+
 @pytest.mark.parametrize("name", ["h2o", "namm"])
 def test_left_padded_generate(llama, tokens, make_policy, name: str) -> None:
     model = llama()
