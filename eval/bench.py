@@ -22,8 +22,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.provenance import provenance
-from namm_transfer.eval.results import write_atomically
 from namm_transfer.eval.runner import build_policy
+from namm_transfer.files import write_atomically
 from namm_transfer.memory import MemoryCache
 
 __all__ = ["LargestTensor", "bench"]

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.provenance import record
-from namm_transfer.eval.results import write_atomically
 from namm_transfer.eval.runner import build_policy, build_task
 from namm_transfer.eval.video import decode
+from namm_transfer.files import write_atomically
 from namm_transfer.policies import Policy
 
 __all__ = ["Inspectable", "inspect", "picture"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from omegaconf import OmegaConf
 
 from namm_transfer.configs import flatten
 from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.files import append_json, whole_lines, write_atomically
 
-__all__ = ["OK", "UNDECODABLE", "Row", "RunFolder", "write_atomically"]
+__all__ = ["OK", "UNDECODABLE", "Row", "RunFolder"]
 
 OK, UNDECODABLE = "ok", "undecodable"
 
@@ -100,15 +100,8 @@ class RunFolder:
         Raises:
             DataError: an earlier line is no row.
         """
-        if not self.lines.is_file():
-            return []
-        content = self.lines.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            with self.lines.open("r+b") as file:
-                file.truncate(len(whole))
         names, rows = {f.name for f in fields(Row)}, []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.lines), start=1):
             try:
                 values = json.loads(line)
                 rows.append(Row(**{key: value for key, value in values.items() if key in names}))
@@ -118,10 +111,7 @@ class RunFolder:
 
     def append(self, row: Row) -> None:
         """Write one row through to the disk."""
-        with self.lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.lines, asdict(row))
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         ours, theirs = dict(flatten(config)), dict(flatten(self.config()))
@@ -133,10 +123,3 @@ class RunFolder:
                     f"{self.path} holds a run of another configuration: {key} is {held} there, {given} here; "
                     "choose another folder with out=..."
                 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or, if interrupted, nothing."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

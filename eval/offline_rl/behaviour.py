@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.files import replacing
 
 if TYPE_CHECKING:
     from sbx import TQC
@@ -84,17 +84,18 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
             mean, std = measured
             if mean > best:
                 best = float(mean)
-                _save_atomically(model, config.output / "policy.zip")
+                with replacing(config.output / "policy.zip") as partial:
+                    model.save(partial)
             row = {
                 "timesteps": model.num_timesteps,
                 "return_raw_mean": float(mean),
                 "return_raw_std": float(std),
                 "n": config.evaluation_episodes,
             }
-            _save_atomically(model, latest)
-            temporary = replay.with_name("replay.partial.pkl")
-            model.save_replay_buffer(temporary)
-            os.replace(temporary, replay)
+            with replacing(latest) as partial:
+                model.save(partial)
+            with replacing(replay) as partial:
+                model.save_replay_buffer(partial)
             with (config.output / "progress.jsonl").open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             bar.update(
@@ -136,9 +137,3 @@ def _check_same_run(config: BehaviourConfig) -> None:
     if stored != record:
         changed = sorted(key for key in record if stored.get(key) != record[key])
         raise ConfigError(f"{config.output} holds a run with other values of {', '.join(changed)}; use a new folder")
-
-
-def _save_atomically(model: TQC, path: Path) -> None:
-    temporary = path.with_name(f"{path.stem}.partial.zip")
-    model.save(temporary)
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import DecisionTransformerModel
 
 from namm_transfer.errors import CheckpointError
 from namm_transfer.eval.offline_rl.scores import ReferenceReturns, ReturnSummary
+from namm_transfer.files import write_atomically
 
 PACKAGED_HOST = Path(__file__).parents[1] / "assets" / "hosts" / "dt_hopper"
 
@@ -102,9 +102,7 @@ def save_host(path: Path, model: DecisionTransformerModel, normalisation: Normal
     copy = DecisionTransformerModel(model.config)
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(path)
-    temporary = path / "normalisation.partial.json"
-    temporary.write_text(json.dumps(asdict(normalisation), indent=2) + "\n")
-    os.replace(temporary, path / "normalisation.json")
+    write_atomically(path / "normalisation.json", json.dumps(asdict(normalisation), indent=2) + "\n")
 
 
 def read_normalisation(path: Path) -> Normalisation:

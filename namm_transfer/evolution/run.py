@@ -6,7 +6,6 @@ Shape legend: P candidates, S samples, D = 4172 parameters.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
 from namm_transfer.evolution.readers import Job, Outcome, Readers
+from namm_transfer.files import replacing
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
 __all__ = ["calibrate", "choose", "evolve", "run_evolution", "standardised"]
@@ -204,6 +204,5 @@ def _centres_path(folder: Path, generation: int) -> Path:
 def _write_centres(folder: Path, generation: int, centres: np.ndarray) -> None:
     path = _centres_path(folder, generation)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, centres)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        np.save(partial, centres)
