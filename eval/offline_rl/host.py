@@ -6,13 +6,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import DecisionTransformerModel
 
 from namm_transfer.errors import CheckpointError
+from namm_transfer.eval.checkpoint import load_weights
 from namm_transfer.eval.offline_rl.scores import ReferenceReturns, ReturnSummary
 from namm_transfer.files import write_atomically
 
@@ -78,22 +76,13 @@ def load_host(path: Path | str | None = None) -> tuple[DecisionTransformerModel,
                 "(config.json, model.safetensors, normalisation.json)"
             )
     normalisation = read_normalisation(folder / "normalisation.json")
-    try:
-        loaded: Any = DecisionTransformerModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable decision transformer: {error}") from error
-    wrong = {key: sorted(names) for key, names in report.items() if names and key != "error_msgs"}
-    if wrong:
-        raise CheckpointError(f"{folder}/model.safetensors does not fit config.json: {wrong}")
+    model = load_weights(DecisionTransformerModel, folder, "decision transformer")
     if model.config.state_dim != len(normalisation.state_mean):
         raise CheckpointError(
             f"{folder}: the model takes {model.config.state_dim} observation values, normalisation.json has "
             f"{len(normalisation.state_mean)}"
         )
-    return model.eval(), normalisation
+    return model, normalisation
 
 
 def save_host(path: Path, model: DecisionTransformerModel, normalisation: Normalisation) -> None:
