@@ -24,8 +24,9 @@ class Row:
     """One unit under one policy and seed.
 
     `score` is in the unit named by `metric`. `kept_fraction` is retained / seen at the end of the unit,
-    `kept_at_updates` its mean just after the updates, `budget` what a rule was given, `seconds` the time since the
-    row before (units evaluated together share it unevenly). None: not measured.
+    `kept_at_updates` its mean just after the decisions (None: the unit was too short for one), `tokens_seen` by the
+    memory, `budget` what a rule was given, `seconds` the time since the row before (units evaluated together share it
+    unevenly). None: not measured.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Row:
     score: float | None = None
     kept_fraction: float | None = None
     kept_at_updates: float | None = None
+    tokens_seen: int | None = None
     bytes_kv: int | None = None
     bytes_total: int | None = None
     budget: float | int | None = None

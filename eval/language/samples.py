@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.executor import check_device
 from namm_transfer.eval.task import Outcome, Unit, measured
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.population import read_sample
@@ -58,6 +59,7 @@ class LanguageSamples:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{self.name}: {key} is {value!r}; expected an integer of at least 1")
         check_interval(self.model["update_interval"])
+        check_device(self.model["device"])
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ConfigError(f"{self.name}: kinds {unknown} are unknown; known are {tuple(KINDS)}")
 
@@ -94,7 +96,7 @@ class LanguageSamples:
                 unit,
                 score=float(reading.log_likelihood),
                 detail={"kind": unit.id.split("/")[1], "token_accuracy": float(reading.accuracy)},
-                **measured(reading.stats),
+                **measured(reading.stats, policy),
             )
 
     @cached_property

@@ -67,6 +67,21 @@ def test_full_memory_plays_as_the_window_that_never_forgets(episodes, tiny_hosts
         assert found.detail["length"] == record.length
 
 
+@pytest.mark.parametrize("name", ["qa", "motion", "episodes"])
+def test_units_too_short_for_a_decision_have_no_kept_fraction(request, name):
+    task = request.getfixturevalue(name)
+    task = replace(task, model={**task.model, "update_interval": 16384})
+    for rule, kept in ((policy("h2o", budget=0.25), None), (policy("full"), 1.0)):
+        outcomes = list(task.evaluate(task.units(0), rule, 0))
+        assert outcomes and {outcome.kept_at_updates for outcome in outcomes} == {kept}
+        assert all(outcome.kept_fraction == 1.0 and 0 < outcome.tokens_seen < 16384 for outcome in outcomes)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(motion):
+    with pytest.raises(ConfigError, match="device is 'foo'"):
+        replace(motion, model={**motion.model, "device": "foo"})
+
+
 def test_each_episode_is_measured_when_it_ends_whatever_the_others_do(episodes):
     rule = policy("streaming", budget=0.5)
     together = {o.unit.id: o for o in episodes.evaluate(episodes.units(0), rule, 0)}
