@@ -38,6 +38,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
         if missing:
             raise ConfigError(f"{missing[0]} has no value: give it one, as in {missing[0]}=...")
         OmegaConf.resolve(config)
+        _refuse_holes(command, config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, overrides, error)) from error
     return config
@@ -60,6 +61,16 @@ def nearest(given: str, candidates: Sequence[str]) -> str:
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
         return hydra_compose(command, overrides=list(overrides))
+
+
+def _refuse_holes(command: str, config: DictConfig) -> None:
+    """Raise if what the command cannot do without was taken away: `~task`, `policies=null`."""
+    for name, default in _compose(command, ()).items_ex(resolve=False):
+        key = str(name)
+        if key not in config:
+            raise ConfigError(f"{key} was taken away, and `{command}` needs it")
+        if isinstance(default, DictConfig) and not isinstance(config[key], DictConfig):
+            raise ConfigError(f"{key} is {config[key]!r}, and `{command}` needs settings there")
 
 
 def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:

@@ -21,9 +21,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import provenance
 from namm_transfer.eval.runner import build_policy
 from namm_transfer.files import write_atomically
+from namm_transfer.layer import check_interval
 from namm_transfer.memory import MemoryCache
 
 __all__ = ["LargestTensor", "bench"]
@@ -58,13 +60,11 @@ def bench(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
         provenance, settings, and by column: median seconds, ratios to plain attention, peak bytes.
 
     Raises:
-        ConfigError: a length or count below 1.
+        ConfigError: a setting is out of range, or a policy cannot be built.
     """
-    for key in ("layers", "length", "decode", "repeats"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ConfigError(f"{key} is {config[key]!r}; expected an integer of at least 1")
-    if config["executor"]["threads"] is not None:
-        torch.set_num_threads(config["executor"]["threads"])
+    _check(config)
+    use_executor(config["executor"])
+    policies = {column: build_policy(settings).describe() for column, settings in config["policies"].items()}
     columns = [PLAIN, *config["policies"]]
     model = _model(config, config["length"] + config["decode"])
     times: dict[str, list[tuple[float, float]]] = {column: [] for column in columns}
@@ -88,7 +88,6 @@ def bench(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
         for column in track(columns, "peak memory", console=console):
             with spawn.Pool(1) as pool:  # a fresh process: the peak of one column must not hide another's
                 figures[column] |= pool.apply(_peak, (dict(config), column))
-    policies = {column: build_policy(settings).describe() for column, settings in config["policies"].items()}
     settings = {key: value for key, value in config.items() if key != "out"} | {"policies": policies}
     result = {"provenance": provenance({}, config["seed"]), "settings": settings, "figures": figures}
     if config["out"]:
@@ -96,6 +95,23 @@ def bench(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
         write_atomically(Path(config["out"]), json.dumps(result, indent=2) + "\n")
     console.print(_table(figures, config))
     return result
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    counts = ["layers", "length", "decode", "repeats", *(["peak_length"] if config["peak_length"] is not None else [])]
+    for key, least in (*((count, 1) for count in counts), ("seed", 0)):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{key} is {value!r}; expected an integer of at least {least}")
+    check_interval(config["update_interval"])
+    dtype = getattr(torch, str(config["dtype"]), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {config['dtype']!r}; expected a type of weights, such as 'bfloat16'")
+    for column, settings in config["policies"].items():
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"policies.{column} is {settings!r}; expected settings (to leave it out: ~policies.{column})"
+            )
 
 
 def _model(config: Mapping[str, Any], positions: int) -> LlamaForCausalLM:
@@ -151,8 +167,7 @@ def _time(model: LlamaForCausalLM, config: Mapping[str, Any], column: str) -> tu
 
 def _peak(config: dict[str, Any], column: str) -> dict[str, Any]:
     """Growth of the process's resident memory during a long prefill, and the largest tensor in it."""
-    if config["executor"]["threads"] is not None:
-        torch.set_num_threads(config["executor"]["threads"])
+    use_executor(config["executor"])
     length = config["peak_length"]
     model = _model(config, length + 1)
     _run(model, config, column, 1024, 0)  # kernels and their workspaces are loaded before the measurement
