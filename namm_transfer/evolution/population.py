@@ -36,7 +36,7 @@ class Reading:
     Attributes:
         log_likelihood: [P] float64 mean over the answer tokens, in nats.
         accuracy: [P] float64 fraction of the answer tokens that the model would have written itself.
-        kept: [P] float64 fraction of tokens kept, averaged over layers, heads and decisions; 1 before the first.
+        kept: [P] float64 fraction of tokens kept, averaged over layers, heads and decisions; NaN before the first.
         stats: of all P memories together.
     """
 
@@ -80,7 +80,7 @@ def read_sample(model: PreTrainedModel, sample: Sample, memory: Policy, update_i
     return Reading(
         log_likelihood=torch.stack([_mean_log_likelihood(row, answer) for row in logits]),
         accuracy=(logits.argmax(-1) == answer).double().mean(-1),
-        kept=_kept_by_row(cache, rows),
+        kept=_kept_by_row(cache),
         stats=cache.stats(),
     )
 
@@ -109,7 +109,7 @@ def read_population(
         rows_at_once: candidates per batch, which bounds the memory needed.
 
     Returns:
-        [P] mean log-likelihood of the answer tokens in nats, and [P] fraction of tokens kept.
+        [P] mean log-likelihood of the answer tokens in nats, and [P] fraction of tokens kept, NaN without a decision.
 
     Raises:
         ConfigError: `rows_at_once` is less than 1.
@@ -134,7 +134,7 @@ def _mean_log_likelihood(logits: Tensor, answer: Tensor) -> Tensor:
     return chosen.double().mean()
 
 
-def _kept_by_row(cache: MemoryCache, rows: int) -> Tensor:
+def _kept_by_row(cache: MemoryCache) -> Tensor:
     kept = torch.tensor([layer.kept for layer in cache.layers], dtype=torch.float64).sum(0)
     updates = torch.tensor([layer.updates for layer in cache.layers], dtype=torch.float64).sum(0)
-    return torch.where(updates > 0, kept / updates.clamp_min(1), torch.ones(rows, dtype=torch.float64))
+    return kept / updates  # 0 / 0 is NaN: without a decision there is nothing to average
