@@ -7,8 +7,9 @@ an unknown key or option is refused with the nearest valid one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -17,10 +18,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from namm_transfer.errors import ConfigError
+from namm_transfer.errors import ConfigError, DataError
 
-__all__ = ["compose", "flatten", "nearest"]
+__all__ = ["compose", "flatten", "given", "nearest", "read_yaml"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,6 +44,30 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, overrides, error)) from error
     return config
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A configuration that was saved, its interpolations resolved when it was.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise DataError(f"{file} does not hold a configuration")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def given(config: Mapping[str, Any], group: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Those settings of `group` in a composed `config` that `overrides` set, all of them if they choose the group."""
+    keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))]
+    if group in keys:
+        return dict(config[group])
+    names = [key.removeprefix(f"{group}.").split(".")[0] for key in keys if key.startswith(f"{group}.")]
+    return {name: config[group].get(name) for name in names}
 
 
 def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from namm_transfer.configs import flatten
+from namm_transfer.configs import flatten, read_yaml
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.files import append_json, whole_lines, write_atomically
 
@@ -86,15 +86,12 @@ class RunFolder:
         """The resolved configuration of the run.
 
         Raises:
-            DataError: the folder holds no run.
+            DataError: the folder holds no run, or a damaged one.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
             raise DataError(f"{self.path} holds no run: there is no config.yaml")
-        loaded = OmegaConf.to_container(OmegaConf.load(file))
-        if not isinstance(loaded, dict):
-            raise DataError(f"{file} does not hold a configuration")
-        return {str(key): value for key, value in loaded.items()}
+        return read_yaml(file)
 
     def rows(self) -> list[Row]:
         """Every finished row; a last line torn by a kill is dropped, here and from the file.

@@ -42,6 +42,8 @@ class Run:
     """
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
+        if lacking := {"tasks", "policies", "seed", "executor"} - set(config):
+            raise ConfigError(f"this is no configuration of an evaluation: it lacks {', '.join(sorted(lacking))}")
         self.config, self.seed = config, config["seed"]
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}; expected an integer of at least 0")

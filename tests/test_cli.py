@@ -1,6 +1,7 @@
 """The commands as a user types them: what they print, write, refuse, and exit with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,30 @@ def test_resume_needs_no_settings_and_refuses_others(run, tmp_path):
     assert "run holds a run of another configuration: tasks.video_qa/shapes.clips is 2 there, 3 here" in other.output
 
 
+def test_evolve_resumes_with_its_own_settings_and_those_given_now(run, tmp_path, monkeypatch):
+    from namm_transfer.evolution import run as evolution
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("evolution: {population: 8, sigma: 0.1, generations: 3}\n")
+    seen = []
+    monkeypatch.setattr(evolution, "run_evolution", lambda config, folder, console: seen.append((config, folder)))
+    assert run("evolve", "--resume", "run").exit_code == 0
+    assert run("evolve", "evolution.generations=5", "evolution.minutes=null", "--resume", "run").exit_code == 0
+    first, second = (config for config, _ in seen)
+    assert (first.population, first.sigma, first.generations) == (8, 0.1, 3)
+    assert second == replace(first, generations=5)
+    assert {str(folder) for _, folder in seen} == {"run"}
+
+
+def test_a_damaged_configuration_is_named(run, tmp_path):
+    for content in ("a: [", "- 3", "evolved: 3"):
+        (tmp_path / "config.yaml").write_text(content)
+        for command in ("eval", "evolve"):
+            result = run(command, "--resume", ".")
+            assert result.exit_code == 2, result.output
+            assert "config.yaml" in result.output or "it lacks executor, policies, seed, tasks" in result.output
+
+
 def test_interrupt_exits_130_and_says_how_to_go_on(run):
     stopped = run("eval", FAKE, "task.clips=4", "task.questions=8", "policy=full", "+task.interrupt_after=3", "out=run")
     assert stopped.exit_code == 130
@@ -114,6 +139,13 @@ def test_interrupt_exits_130_and_says_how_to_go_on(run):
         (["train", "video_llm"], "out has no value"),
         (["train", "video_encoder", "out=x", "sed=1"], "'sed' is no setting: the nearest is 'seed'"),
         (["evolve", "evolution.populatoin=8"], "the nearest is 'evolution.population'"),
+        (["evolve", "evolution.sigma=abc"], "sigma must be a positive number; got 'abc'"),
+        (["evolve", "evolution.minutes=abc"], "minutes must be positive or null; got 'abc'"),
+        (["evolve", "evolution.host=/nowhere"], "host '/nowhere' is none of the packaged hosts"),
+        (["evolve", "--resume", "nowhere"], "nowhere holds no run"),
+        (["evolve", "evolution.minutes=1", "--resume", "nowhere"], "nowhere holds no run"),
+        (["eval", FAKE, "policy=full", "--resume", "nowhere"], "nowhere holds no run"),
+        (["transfer", "seed=1", "--resume", "nowhere"], "nowhere holds no run"),
         (["bench", "repeats=0"], "repeats is 0; expected an integer of at least 1"),
     ],
 )
