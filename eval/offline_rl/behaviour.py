@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.offline_rl.claim import claim
 from namm_transfer.files import replacing
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
-    _check_same_run(config)
+    free = ("output", "timesteps", "stop_return")  # when to stop may change while a run goes on
+    claim(config.output / "config.json", {key: value for key, value in asdict(config).items() if key not in free})
     from sbx import TQC
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
@@ -123,17 +124,3 @@ def read_progress(folder: Path) -> list[dict[str, float]]:
     """Return the evaluations logged so far, oldest first."""
     path = folder / "progress.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _check_same_run(config: BehaviourConfig) -> None:
-    """A folder belongs to one configuration; only the two stopping rules may change when a run goes on."""
-    free = ("output", "timesteps", "stop_return")
-    record = {key: value for key, value in asdict(config).items() if key not in free}
-    path = config.output / "config.json"
-    if not path.exists():
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        return
-    stored = json.loads(path.read_text())
-    if stored != record:
-        changed = sorted(key for key in record if stored.get(key) != record[key])
-        raise ConfigError(f"{config.output} holds a run with other values of {', '.join(changed)}; use a new folder")
