@@ -1,6 +1,7 @@
 """The commands as a user types them: what they print, write, refuse, and exit with."""
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,14 @@ def test_every_trainer_exists():
         module = import_module(f"namm_transfer.eval.{place}")
         assert is_dataclass(getattr(module, settings))
         assert callable(getattr(module, function))
+
+
+def test_doctor_knows_every_extra_and_its_packages():
+    from namm_transfer.eval.doctor import EXTRAS
+
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    extras = {name: len(wanted) for name, wanted in project["optional-dependencies"].items() if name != "dev"}
+    assert {name: len(modules) for name, modules in EXTRAS.items()} == extras
 
 
 def test_doctor_names_what_is_broken(run, monkeypatch):
