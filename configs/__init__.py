@@ -18,11 +18,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.errors import ConfigError
 
-__all__ = ["compose", "flatten", "given", "nearest", "read_yaml"]
+__all__ = ["compose", "flatten", "given", "nearest"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -44,21 +43,6 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, overrides, error)) from error
     return config
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A configuration that was saved, its interpolations resolved when it was.
-
-    Raises:
-        DataError: the file cannot be read, or holds something else.
-    """
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise DataError(f"{file} does not hold a configuration")
-    return {str(key): value for key, value in loaded.items()}
 
 
 def given(config: Mapping[str, Any], group: str, overrides: Sequence[str]) -> dict[str, Any]:

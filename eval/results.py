@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from namm_transfer.configs import flatten, read_yaml
+from namm_transfer.configs import flatten
 from namm_transfer.errors import ConfigError, DataError
-from namm_transfer.files import append_json, whole_lines, write_atomically
+from namm_transfer.files import append_json, read_yaml, whole_lines, write_atomically
 
 __all__ = ["OK", "UNDECODABLE", "Row", "RunFolder"]
 

@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_json", "replacing", "whole_lines", "write_atomically"]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from namm_transfer.errors import DataError
+
+__all__ = ["append_json", "read_yaml", "replacing", "whole_lines", "write_atomically"]
 
 
 @contextmanager
@@ -30,6 +36,21 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or, if interrupted, nothing."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A configuration that was saved, its interpolations resolved when it was.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise DataError(f"{file} does not hold a configuration")
+    return {str(key): value for key, value in loaded.items()}
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

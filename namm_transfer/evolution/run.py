@@ -16,13 +16,12 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from namm_transfer.configs import read_yaml
 from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
 from namm_transfer.evolution.readers import Job, Outcome, Readers
-from namm_transfer.files import replacing, write_atomically
+from namm_transfer.files import read_yaml, replacing, write_atomically
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
 __all__ = ["calibrate", "choose", "evolve", "mean_kept", "run_evolution", "standardised", "stored_settings"]
