@@ -1,6 +1,8 @@
 """The commands as a user types them: what they print, write, refuse, and exit with."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,17 @@ def test_eval_writes_a_folder_and_report_prints_it_again(run, namm, tmp_path):
     table = again.output[again.output.index("┏") :]
     assert again.exit_code == 0
     assert table in first.output
+
+
+def test_no_library_talks_in_front_of_the_table(tmp_path):
+    """With a packaged host and the packaged NAMM, in a process of its own: what libraries print goes past a runner."""
+    arguments = ["eval", "task=video_classification/motion", "task.clips=1", f"out={tmp_path / 'run'}"]
+    call = [sys.executable, "-P", "-c", "from namm_transfer.cli import main; main()", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=True)
+    before = done.stdout[: done.stdout.index("score ±")].strip().splitlines()
+    assert [line.split(" · ")[0] for line in before] == ["video_classification/motion"], "the bar alone"
+    said = [line for line in done.stderr.splitlines() if "compiling its CPU kernel" not in line]
+    assert said == []
 
 
 def test_results_go_to_a_folder_named_after_command_and_time(run, tmp_path):
