@@ -7,8 +7,9 @@ an unknown key or option is refused with the nearest valid one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from namm_transfer.errors import ConfigError
 
-__all__ = ["compose", "flatten", "nearest"]
+__all__ = ["compose", "flatten", "given", "nearest"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -38,9 +39,19 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
         if missing:
             raise ConfigError(f"{missing[0]} has no value: give it one, as in {missing[0]}=...")
         OmegaConf.resolve(config)
+        _refuse_holes(command, config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, overrides, error)) from error
     return config
+
+
+def given(config: Mapping[str, Any], group: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Those settings of `group` in a composed `config` that `overrides` set, all of them if they choose the group."""
+    keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))]
+    if group in keys:
+        return dict(config[group])
+    names = [key.removeprefix(f"{group}.").split(".")[0] for key in keys if key.startswith(f"{group}.")]
+    return {name: config[group].get(name) for name in names}
 
 
 def flatten(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -60,6 +71,16 @@ def nearest(given: str, candidates: Sequence[str]) -> str:
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
         return hydra_compose(command, overrides=list(overrides))
+
+
+def _refuse_holes(command: str, config: DictConfig) -> None:
+    """Raise if what the command cannot do without was taken away: `~task`, `policies=null`."""
+    for name, default in _compose(command, ()).items_ex(resolve=False):
+        key = str(name)
+        if key not in config:
+            raise ConfigError(f"{key} was taken away, and `{command}` needs it")
+        if isinstance(default, DictConfig) and not isinstance(config[key], DictConfig):
+            raise ConfigError(f"{key} is {config[key]!r}, and `{command}` needs settings there")
 
 
 def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:

@@ -18,8 +18,12 @@ from namm_transfer.errors import ConfigError
 from namm_transfer.eval.bench_host import BenchHost, peak
 from namm_transfer.eval.bench_peer import Peer
 from namm_transfer.eval.bench_report import write_report
+from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.results import RunFolder
+from namm_transfer.eval.runner import build_policy
+from namm_transfer.files import append_json, whole_lines
+from namm_transfer.layer import check_interval
 
 __all__ = ["PLAIN", "bench"]
 
@@ -42,11 +46,10 @@ def bench(config: Mapping[str, Any], out: Path, console: Console) -> dict[str, A
         ConfigError: a length or count out of range, or an unknown type of weights.
     """
     _check(config)
-    if config["executor"]["threads"] is not None:
-        torch.set_num_threads(config["executor"]["threads"])
+    use_executor(config["executor"])
     folder = RunFolder.open(out, {key: value for key, value in config.items() if key != "out"})
     record(out / "provenance.json", {}, config["seed"])
-    done = {_key(row): row for row in _rows(folder)}
+    done = {_key(row): row for row in map(json.loads, whole_lines(folder.lines))}
     with ExitStack() as stack:
         peer = stack.enter_context(Peer(config["kvpress"], config)) if config["kvpress"] else None
         columns = [PLAIN, *config["policies"], *([f"{PEER}/{name}" for name in peer.columns] if peer else [])]
@@ -69,8 +72,7 @@ def bench(config: Mapping[str, Any], out: Path, console: Console) -> dict[str, A
         for turn in track(todo, "bench", console=console):
             assert host is not None  # there is something to do
             row = turn | _measure(config, host, peer, turn)
-            with folder.lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_json(folder.lines, row)
             done[_key(turn)] = row
     summary = _summarise([row for row in done.values() if row["repeat"]])
     write_report(out, config, summary, console)
@@ -153,33 +155,38 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """Finished measurements; a line torn by a kill is dropped."""
-    if not folder.lines.is_file():
-        return []
-    content = folder.lines.read_text(encoding="utf-8")
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        folder.lines.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def _key(row: Mapping[str, Any]) -> tuple[str, int, int, str]:
     return row["kind"], row["length"], row["repeat"], row["column"]
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    counts = {"layers": 1, "decode": 1, "repeats": 1, "peak_length": 0, "population": 0, "population_length": 16}
-    for key, least in counts.items():
+    least = {
+        "layers": 1,
+        "decode": 1,
+        "repeats": 1,
+        "peak_length": 0,
+        "population": 0,
+        "population_length": 16,
+        "seed": 0,
+    }
+    for key, bound in least.items():
         value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{key} is {value!r}; expected an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ConfigError(f"{key} is {value!r}; expected an integer of at least {bound}")
+    check_interval(config["update_interval"])
     lengths = config["lengths"]
     if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
         raise ConfigError(f"lengths is {lengths!r}; expected a list of integers of at least 1")
-    if not isinstance(getattr(torch, str(config["dtype"]), None), torch.dtype):
-        raise ConfigError(f"dtype is {config['dtype']!r}; expected a torch type such as bfloat16 or float32")
+    dtype = getattr(torch, str(config["dtype"]), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {config['dtype']!r}; expected a type of weights, such as 'bfloat16'")
     if not isinstance(config["policies"], Mapping) or not config["policies"]:
         raise ConfigError("policies holds no column to measure")
+    for column, settings in config["policies"].items():
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"policies.{column} is {settings!r}; expected settings (to leave it out: ~policies.{column})"
+            )
+        build_policy(settings)
     if config["kvpress"] and not Path(config["kvpress"]).is_file():
         raise ConfigError(f"kvpress is {config['kvpress']!r}; expected the python of an environment that has kvpress")

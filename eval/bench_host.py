@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.runner import build_policy
 from namm_transfer.evolution.hosts import load_host
 from namm_transfer.evolution.text import load_documents
@@ -136,8 +137,7 @@ def peak(config: dict[str, Any], column: str, length: int) -> dict[str, Any]:
 
 
 def _peak(config: dict[str, Any], column: str, length: int) -> dict[str, Any]:
-    if config["executor"]["threads"] is not None:
-        torch.set_num_threads(config["executor"]["threads"])
+    use_executor(config["executor"])
     host = BenchHost(config)
     host.time(column, min(1024, length), 1)  # kernels and their workspaces are loaded before the measurement
     on_gpu = torch.device(host.device).type == "cuda"

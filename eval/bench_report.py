@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from namm_transfer.eval.results import write_atomically
+from namm_transfer.files import write_atomically
 
 __all__ = ["write_report"]
 

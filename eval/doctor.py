@@ -15,9 +15,8 @@ from namm_transfer.network import NAMM
 __all__ = ["doctor"]
 
 EXTRAS = {
-    "language": ("gguf",),
-    "train": ("stable_baselines3", "sbx", "minari"),
-    "d4rl": ("h5py",),
+    "language": ("gguf", "accelerate"),
+    "train": ("stable_baselines3", "sbx"),
 }
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from rich.console import Console
 
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import record
-from namm_transfer.eval.results import write_atomically
 from namm_transfer.eval.runner import build_policy, build_task
 from namm_transfer.eval.video import decode
+from namm_transfer.files import write_atomically
 from namm_transfer.policies import Policy
 
 __all__ = ["Inspectable", "inspect", "picture"]
@@ -52,10 +53,14 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
         ConfigError: a task without clips, or settings out of range.
         VideoError: the clip cannot be decoded.
     """
+    use_executor(config.get("executor", {}))
     task, policy = build_task(config["task"]), build_policy(config["policy"])
     if not isinstance(task, Inspectable):
         raise ConfigError(f"{task.name} has no clips to inspect: choose a task on videos")
-    path = task.clip_path(config["clip"]) if isinstance(config["clip"], int) else Path(config["clip"])
+    clip = config["clip"]
+    if isinstance(clip, bool) or not isinstance(clip, int | str):
+        raise ConfigError(f"clip is {clip!r}; expected the number of a packaged clip, or the path of a file")
+    path = task.clip_path(clip) if isinstance(clip, int) else Path(clip)
     frames = decode(path).frames
     shown = config["frames"]
     if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= len(frames):

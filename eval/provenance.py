@@ -17,7 +17,7 @@ import torch
 
 import namm_transfer
 from namm_transfer.errors import DataError
-from namm_transfer.eval.results import write_atomically
+from namm_transfer.files import write_atomically
 
 __all__ = ["digest", "provenance", "record"]
 

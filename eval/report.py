@@ -15,8 +15,9 @@ from rich.table import Table
 
 from namm_transfer.errors import DataError
 from namm_transfer.eval import statistics
-from namm_transfer.eval.results import OK, UNDECODABLE, Row, RunFolder, write_atomically
+from namm_transfer.eval.results import OK, UNDECODABLE, Row, RunFolder
 from namm_transfer.eval.statistics import Estimate
+from namm_transfer.files import write_atomically
 
 __all__ = ["markdown", "report", "summarise", "table"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from omegaconf import OmegaConf
 
 from namm_transfer.configs import flatten
 from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.files import append_json, read_yaml, whole_lines, write_atomically
 
-__all__ = ["OK", "UNDECODABLE", "Row", "RunFolder", "write_atomically"]
+__all__ = ["OK", "UNDECODABLE", "Row", "RunFolder"]
 
 OK, UNDECODABLE = "ok", "undecodable"
 
@@ -24,8 +24,9 @@ class Row:
     """One unit under one policy and seed.
 
     `score` is in the unit named by `metric`. `kept_fraction` is retained / seen at the end of the unit,
-    `kept_at_updates` its mean just after the updates (None: there was none), `budget` what a rule was given, `seconds`
-    the time since the row before (units evaluated together share it unevenly). None: not measured.
+    `kept_at_updates` its mean just after the decisions (None: the unit was too short for one), `tokens_seen` by the
+    memory, `budget` what a rule was given, `seconds` the time since the row before (units evaluated together share it
+    unevenly). None: not measured.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Row:
     score: float | None = None
     kept_fraction: float | None = None
     kept_at_updates: float | None = None
+    tokens_seen: int | None = None
     bytes_kv: int | None = None
     bytes_total: int | None = None
     budget: float | int | None = None
@@ -84,15 +86,12 @@ class RunFolder:
         """The resolved configuration of the run.
 
         Raises:
-            DataError: the folder holds no run.
+            DataError: the folder holds no run, or a damaged one.
         """
         file = self.path / "config.yaml"
         if not file.is_file():
             raise DataError(f"{self.path} holds no run: there is no config.yaml")
-        loaded = OmegaConf.to_container(OmegaConf.load(file))
-        if not isinstance(loaded, dict):
-            raise DataError(f"{file} does not hold a configuration")
-        return {str(key): value for key, value in loaded.items()}
+        return read_yaml(file)
 
     def rows(self) -> list[Row]:
         """Every finished row; a last line torn by a kill is dropped, here and from the file.
@@ -100,15 +99,8 @@ class RunFolder:
         Raises:
             DataError: an earlier line is no row.
         """
-        if not self.lines.is_file():
-            return []
-        content = self.lines.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            with self.lines.open("r+b") as file:
-                file.truncate(len(whole))
         names, rows = {f.name for f in fields(Row)}, []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(self.lines), start=1):
             try:
                 values = json.loads(line)
                 rows.append(Row(**{key: value for key, value in values.items() if key in names}))
@@ -118,10 +110,7 @@ class RunFolder:
 
     def append(self, row: Row) -> None:
         """Write one row through to the disk."""
-        with self.lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.lines, asdict(row))
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         ours, theirs = dict(flatten(config)), dict(flatten(self.config()))
@@ -133,10 +122,3 @@ class RunFolder:
                     f"{self.path} holds a run of another configuration: {key} is {held} there, {given} here; "
                     "choose another folder with out=..."
                 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or, if interrupted, nothing."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

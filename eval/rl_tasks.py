@@ -22,7 +22,7 @@ from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, Normalisation, loa
 from namm_transfer.eval.offline_rl.rollout import make_envs, rollout
 from namm_transfer.eval.offline_rl.window import WindowAgent
 from namm_transfer.eval.provenance import digest
-from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder
+from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder, kept_at_updates
 from namm_transfer.policies import Policy
 
 __all__ = ["Episodes", "MemoryAgent"]
@@ -70,7 +70,8 @@ class MemoryAgent:
             whole = self.host.stats()
             self._measured[row] = {
                 "kept_fraction": whole.kept_fraction_by_row[row],
-                "kept_at_updates": whole.kept_by_row[row],
+                "kept_at_updates": kept_at_updates(whole.kept_by_row[row], self.host.policy),
+                "tokens_seen": whole.seen[row],
                 # Rows are allocated together, each as wide as the fullest.
                 "bytes_kv": whole.bytes["kv"] // self.num_envs,
                 "bytes_total": whole.bytes["total"] // self.num_envs,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
 import numpy as np
-import torch
 from hydra.errors import InstantiationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.errors import ConfigError, NammTransferError
+from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import record
-from namm_transfer.eval.results import Row, RunFolder
-from namm_transfer.eval.task import BASELINES, Task
+from namm_transfer.eval.results import OK, Row, RunFolder
+from namm_transfer.eval.task import BASELINES, Task, Unit
 from namm_transfer.network import NAMM
 from namm_transfer.policies import NAMMPolicy, Policy, policy
 
@@ -42,9 +42,18 @@ class Run:
     """
 
     def __init__(self, config: Mapping[str, Any], path: Path) -> None:
+        if lacking := {"tasks", "policies", "seed", "executor"} - set(config):
+            raise ConfigError(f"this is no configuration of an evaluation: it lacks {', '.join(sorted(lacking))}")
         self.config, self.seed = config, config["seed"]
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed is {self.seed!r}; expected an integer of at least 0")
+        for group in ("tasks", "policies"):
+            for column, settings in config[group].items():
+                if not isinstance(settings, Mapping):
+                    raise ConfigError(
+                        f"{group}.{column} is {settings!r}; expected settings (to leave it out: ~{group}.{column})"
+                    )
+        use_executor(config["executor"])
         tasks = [build_task(settings) for settings in config["tasks"].values()]
         self.tasks = {task.name: task for task in tasks}
         if len(self.tasks) < len(tasks):
@@ -68,8 +77,6 @@ class Run:
 
     def __call__(self, console: Console) -> None:
         """Evaluate what is missing, writing each row as soon as it exists."""
-        if (threads := self.config["executor"]["threads"]) is not None:
-            torch.set_num_threads(threads)
         record(self.folder.path / "provenance.json", self._inputs(), self.seed)
         bars = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*bars, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
@@ -89,18 +96,23 @@ class Run:
     def _evaluate(self, name: str, column: str) -> Iterable[Row]:
         task = self.tasks[name]
         todo = [u for u in task.units(self.seed) if (name, column, u.id, self.seed) not in self.done]
-        if not todo:
-            return
+        if todo:
+            yield from self._outcomes(task, column, todo)
+        chosen = self.policies[column]
+        if not isinstance(chosen, str) and chosen.evicts:
+            self._refuse_idle(name, column)
+
+    def _outcomes(self, task: Task, column: str, todo: Sequence[Unit]) -> Iterable[Row]:
         chosen = self.policies[column]
         if self.config["policies"][column].get("budget") == MATCHED:
-            chosen = self._build(column, matched_budget(self.done.values(), name))
+            chosen = self._build(column, matched_budget(self.done.values(), task.name))
         before = time.perf_counter()
         for outcome in task.evaluate(todo, chosen, self.seed):
             now = time.perf_counter()
             measured = asdict(outcome)
             unit = measured.pop("unit")
             row = Row(
-                task=name,
+                task=task.name,
                 policy=column,
                 unit=unit["id"],
                 cluster=unit["cluster"],
@@ -115,6 +127,18 @@ class Run:
             before = now
             yield row
 
+    def _refuse_idle(self, name: str, column: str) -> None:
+        """Raise if a policy that evicts never got to decide: it would have been the full cache under another name."""
+        rows = [r for r in self.done.values() if (r.task, r.policy, r.status) == (name, column, OK)]
+        if rows and all(row.kept_at_updates is None for row in rows):
+            interval = (getattr(self.tasks[name], "model", None) or {}).get("update_interval")
+            seen = [row.tokens_seen for row in rows if row.tokens_seen is not None]
+            raise ConfigError(
+                f"{name}: policy {column!r} took no decision in any of {len(rows)} units: model.update_interval is "
+                f"{interval}, the units have {min(seen, default='?')} to {max(seen, default='?')} tokens; choose a "
+                "smaller interval, and another folder with out=..."
+            )
+
     def _applies(self, task: str, column: str) -> bool:
         chosen = self.policies[column]
         return not isinstance(chosen, str) or chosen in self.tasks[task].baselines
@@ -122,11 +146,19 @@ class Run:
     def _build(self, column: str, matched: float) -> Policy | str:
         """The policy of a column, or the name of the baseline that it is."""
         settings = dict(self.config["policies"][column])
+        if "name" not in settings:
+            raise ConfigError(f"policies.{column} has no name: expected a policy, or one of {', '.join(BASELINES)}")
         if settings["name"] in BASELINES:
             return str(settings["name"])
         if settings.get("budget") == MATCHED:
-            if self.config["policies"].get(REFERENCE, {}).get("name") != REFERENCE:
+            reference = self.config["policies"].get(REFERENCE, {})
+            if reference.get("name") != REFERENCE:
                 raise ConfigError(f"policies.{column}.budget={MATCHED} needs a column {REFERENCE!r} to match")
+            if reference.get("budget") == MATCHED:
+                raise ConfigError(
+                    f"policies.{REFERENCE}.budget is {MATCHED!r}, but this column is what others are matched to: "
+                    "expected null, or a budget of its own"
+                )
             settings["budget"] = matched
         return build_policy(settings)
 
@@ -146,6 +178,8 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     Raises:
         ConfigError: the class does not exist or does not take these settings.
     """
+    if "_target_" not in settings:
+        raise ConfigError(f"cannot build the task: there is no _target_ in {dict(settings)}")
     try:
         task: Task = hydra.utils.instantiate(settings)
     except InstantiationException as error:
@@ -161,6 +195,8 @@ def build_policy(settings: Mapping[str, Any]) -> Policy:
     Raises:
         ConfigError: an option the policy does not have, or a value out of its range.
     """
+    if "name" not in settings:
+        raise ConfigError(f"a policy needs a name; got {dict(settings)}")
     options = {key: value for key, value in settings.items() if key != "name"}
     if "namm" in options:
         options["namm"] = NAMM.from_pretrained(options["namm"])
@@ -168,13 +204,18 @@ def build_policy(settings: Mapping[str, Any]) -> Policy:
 
 
 def matched_budget(rows: Iterable[Row], task: str) -> float:
-    """The kept fraction just after the updates that NAMM was measured to have on a task, mean over its units.
+    """The fraction that NAMM was measured to keep just after its decisions on a task.
 
-    1.0 where nothing was measured: then every unit is undecodable, and no rule gets to use its budget.
+    The mean over units, each with the same weight however many decisions it had; a unit without one is left out, since
+    a rule takes none on it either. 1.0 where every unit is undecodable: then no rule gets to use its budget.
+
+    Raises:
+        ConfigError: units were evaluated, but none had a decision.
     """
-    kept = [
-        r.kept_at_updates for r in rows if (r.task, r.policy) == (task, REFERENCE) and r.kept_at_updates is not None
-    ]
+    units = [row for row in rows if (row.task, row.policy, row.status) == (task, REFERENCE, OK)]
+    kept = [row.kept_at_updates for row in units if row.kept_at_updates is not None]
+    if units and not kept:
+        raise ConfigError(f"{task}: {REFERENCE!r} took no decision in {len(units)} units, so there is none to match")
     return float(np.mean(kept)) if kept else 1.0
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.executor import check_device
 from namm_transfer.eval.results import OK
 from namm_transfer.layer import check_interval
 from namm_transfer.policies import Policy
 from namm_transfer.stats import MemoryStats
 
-__all__ = ["BASELINES", "Outcome", "Task", "Unit", "check_settings", "host_folder", "measured"]
+__all__ = ["BASELINES", "Outcome", "Task", "Unit", "check_settings", "host_folder", "kept_at_updates", "measured"]
 
 BASELINES = ("window",)
 """Columns that are no policy: a host's own way to forget, evaluated on the tasks that have it."""
@@ -37,6 +38,7 @@ class Outcome:
     status: str = OK
     kept_fraction: float | None = None
     kept_at_updates: float | None = None
+    tokens_seen: int | None = None
     bytes_kv: int | None = None
     bytes_total: int | None = None
     error: str = ""
@@ -72,14 +74,24 @@ class Task(Protocol):
         ...
 
 
-def measured(stats: MemoryStats) -> dict[str, Any]:
-    """The fields of an outcome that a memory's statistics fill."""
+def measured(stats: MemoryStats, policy: Policy) -> dict[str, Any]:
+    """The fields of an outcome that the statistics of a memory of one row fill."""
     return {
         "kept_fraction": stats.kept_fraction,
-        "kept_at_updates": stats.kept_at_updates,
+        "kept_at_updates": kept_at_updates(stats.kept_at_updates if stats.updates else None, policy),
+        "tokens_seen": sum(stats.seen),
         "bytes_kv": stats.bytes["kv"],
         "bytes_total": stats.bytes["total"],
     }
+
+
+def kept_at_updates(kept: float | None, policy: Policy) -> float | None:
+    """What a row says of the fraction `kept` just after decisions, None where there was none.
+
+    That is undefined, not 1: the policy never got to evict. Only a policy that never does keeps everything by its
+    definition.
+    """
+    return kept if policy.evicts else 1.0
 
 
 def check_settings(task: Any, packaged: Path, **limits: int) -> None:
@@ -94,6 +106,7 @@ def check_settings(task: Any, packaged: Path, **limits: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise ConfigError(f"{task.name}: {key} is {value!r}; expected an integer from 1 to {limit}")
     check_interval(task.model["update_interval"])
+    check_device(task.model["device"])
     host_folder(task.model, packaged)
 
 

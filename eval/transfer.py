@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from namm_transfer.errors import ConfigError
 from namm_transfer.eval.report import Summary, report
 from namm_transfer.eval.runner import Run
 
@@ -32,6 +33,9 @@ def transfer(config: Mapping[str, Any], out: Path, console: Console, command: st
     config = {key: value for key, value in config.items() if key != "out"}
     if "task" in config:
         task, policy = config.pop("task"), config.pop("policy")
+        for key, settings in (("task", task), ("policy", policy)):
+            if not isinstance(settings, Mapping) or "name" not in settings:
+                raise ConfigError(f"{key} is {settings!r}; expected settings with a name")
         config |= {"tasks": {task["name"]: task}, "policies": {policy["name"]: policy}}
     run = Run(config, out)
     if run.finished:

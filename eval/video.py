@@ -16,6 +16,7 @@ import decord
 import numpy as np
 
 from namm_transfer.errors import ConfigError, VideoError
+from namm_transfer.files import replacing
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,8 @@ def write_mp4(target: str | os.PathLike[str] | BinaryIO, frames: np.ndarray, fps
     if not isinstance(target, (str, os.PathLike)):
         target.write(buffer.getvalue())
         return
-    target = Path(target)
-    temporary = target.with_name(f".{target.name}.partial")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, target)
+    with replacing(Path(target)) as partial:
+        partial.write_bytes(buffer.getvalue())
 
 
 def through_mp4(frames: np.ndarray, fps: float, *, crf: int = 12) -> np.ndarray:

@@ -6,16 +6,18 @@ Shape letters: T frames, S side of a frame in pixels, L layers, K KV heads.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from namm_transfer.adapters import adapt
 from namm_transfer.adapters.video_encoder import special_tokens
@@ -29,30 +31,94 @@ from namm_transfer.eval.video_classification import packaged as motion_clips
 from namm_transfer.eval.video_classification.evaluate import LabelledClip
 from namm_transfer.eval.video_qa import host as llm_host
 from namm_transfer.eval.video_qa import packaged as qa_clips
-from namm_transfer.eval.video_qa.evaluate import QAClip
+from namm_transfer.eval.video_qa.evaluate import QAClip, ask
 from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER, Question, parse_answer
 from namm_transfer.memory import MemoryCache
 from namm_transfer.policies import Policy
 
 __all__ = ["Motion", "ShapesQA"]
 
-ANSWER_TOKENS = 3
-
 
 @dataclass(frozen=True)
-class ShapesQA:
-    """Multiple-choice questions about moving shapes; a unit is a question, its cluster the clip.
-
-    The video is read once: every question is asked of a fork of the memory that it left.
-    """
+class _ClipTask(ABC):
+    """A host that is shown mp4 clips; a unit belongs to the clip that is its cluster."""
 
     name: str
     model: Mapping[str, Any]
     videos: str
     clips: int
+
+    packaged_host: ClassVar[Path]
+    packaged_videos: ClassVar[Path]
+
+    @abstractmethod
+    def units(self, seed: int) -> list[Unit]:
+        """Those of the first `clips` clips, clip by clip."""
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of the host and of the clips."""
+        return {"host": digest(self._folder), "clips": digest(next(iter(self._clips.values())).path.parent)}
+
+    def evaluate(self, units: Sequence[Unit], policy: Any, seed: int) -> Iterator[Outcome]:
+        """Clip by clip; no baseline applies, so `policy` is a policy."""
+        for name, members in groupby(units, key=lambda unit: unit.cluster):
+            clip, of_clip = self._clips[name], list(members)
+            try:
+                frames = decode(clip.path).frames
+            except VideoError as error:
+                fault = str(error).replace(str(clip.path), clip.path.name)
+                yield from (Outcome(unit, status=UNDECODABLE, error=fault) for unit in of_clip)
+            else:
+                yield from self._outcomes(clip, frames, of_clip, policy)
+
+    def clip_path(self, number: int) -> Path:
+        """File of a packaged clip."""
+        return _numbered(list(self._clips.values()), number).path
+
+    @abstractmethod
+    def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
+        """Visual tokens that each layer and head holds once a video was read: bool [L, K, U, h, w]."""
+
+    @abstractmethod
+    def _outcomes(self, clip: Any, frames: np.ndarray, units: Sequence[Unit], policy: Policy) -> Iterator[Outcome]:
+        """Outcomes of the units of one decoded clip, uint8 [T, S, S, 3]."""
+
+    @abstractmethod
+    def _read_clips(self, folder: Path) -> Sequence[Any]:
+        """The clips of a folder's manifest, each with a `path`."""
+
+    @abstractmethod
+    def _load(self) -> tuple[Any, Any]:
+        """Host and processor."""
+
+    @cached_property
+    def _clips(self) -> dict[str, Any]:
+        folder = self.packaged_videos if self.videos == "packaged" else Path(self.videos)
+        return {clip.path.stem: clip for clip in self._read_clips(folder)}
+
+    @property
+    def _folder(self) -> Path:
+        return host_folder(self.model, self.packaged_host)
+
+    @cached_property
+    def _host(self) -> tuple[Any, Any]:
+        model, processor = self._load()
+        return model.to(self.model["device"]), processor
+
+
+@dataclass(frozen=True)
+class ShapesQA(_ClipTask):
+    """Multiple-choice questions about moving shapes; a unit is a question, its cluster the clip.
+
+    The video is read once: every question is asked of a fork of the memory that it left.
+    """
+
     questions: int
     metric: str = "accuracy"
     baselines: tuple[str, ...] = ()
+
+    packaged_host: ClassVar[Path] = llm_host.PACKAGED
+    packaged_videos: ClassVar[Path] = qa_clips.PACKAGED_VIDEOS
 
     def __post_init__(self) -> None:
         questions = min(len(clip.questions) for clip in self._clips.values())
@@ -62,55 +128,19 @@ class ShapesQA:
         """`questions` of each of the first `clips` clips."""
         return [Unit(f"{clip}/{q}", clip) for clip in list(self._clips)[: self.clips] for q in range(self.questions)]
 
-    def inputs(self) -> dict[str, str]:
-        """Digests of the host and of the clips."""
-        return {"host": digest(self._folder), "clips": digest(next(iter(self._clips.values())).path.parent)}
-
-    def evaluate(self, units: Sequence[Unit], policy: Policy | str, seed: int) -> Iterator[Outcome]:
-        """The questions, clip by clip."""
-        for name, members in groupby(units, key=lambda unit: unit.cluster):
-            clip, of_clip = self._clips[name], list(members)
-            try:
-                frames = decode(clip.path).frames
-            except VideoError as error:
-                fault = str(error).replace(str(clip.path), clip.path.name)
-                yield from (Outcome(unit, status=UNDECODABLE, error=fault) for unit in of_clip)
-                continue
-            questions = _families_in_turn(clip.questions)
-            asked = [questions[int(unit.id.rsplit("/", 1)[1])] for unit in of_clip]
-            for unit, question, (reply, memory) in zip(of_clip, asked, self.ask(frames, asked, policy), strict=True):
-                right = parse_answer(reply, question.options) == question.answer
-                detail = {"family": question.family, "reply": reply, "expected": question.letter}
-                yield Outcome(unit, score=float(right), detail=detail, **measured(memory.stats()))
+    def _outcomes(self, clip: QAClip, frames: np.ndarray, units: Sequence[Unit], policy: Policy) -> Iterator[Outcome]:
+        questions = _families_in_turn(clip.questions)
+        asked = [questions[int(unit.id.rsplit("/", 1)[1])] for unit in units]
+        for unit, question, (reply, memory) in zip(units, asked, self.ask(frames, asked, policy), strict=True):
+            right = parse_answer(reply, question.options) == question.answer
+            detail = {"family": question.family, "reply": reply, "expected": question.letter}
+            yield Outcome(unit, score=float(right), detail=detail, **measured(memory.stats(), policy))
 
     def ask(self, frames: np.ndarray, questions: Sequence[Question], policy: Any) -> Iterator[tuple[str, MemoryCache]]:
         """Reply to each question about a video uint8 [T, S, S, 3], and the memory that gave it."""
         model, processor = self._host
-        prompts = [processor(frames, question.prompt()).to(model.device) for question in questions]
-        video = prompts[0]["input_ids"] == model.config.video_token_id
-        prefix = int(video.nonzero()[-1, 1]) + 1
         with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
-            seen = host.new_cache()
-            host(
-                input_ids=prompts[0]["input_ids"][:, :prefix],
-                pixel_values_videos=prompts[0]["pixel_values_videos"],
-                past_key_values=seen,
-                logits_to_keep=1,
-            )
-            for prompt in prompts:
-                memory = seen.fork()
-                tokens = host.generate(
-                    input_ids=prompt["input_ids"],
-                    attention_mask=prompt["attention_mask"],
-                    past_key_values=memory,
-                    max_new_tokens=ANSWER_TOKENS,
-                    do_sample=False,
-                )
-                yield processor.decode(tokens[0, prompt["input_ids"].shape[1] :]), memory
-
-    def clip_path(self, number: int) -> Path:
-        """File of a packaged clip."""
-        return _numbered(list(self._clips.values()), number).path
+            yield from ask(model, processor, frames, questions, host.new_cache(), MemoryCache.fork, host)
 
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
         """Visual tokens that each layer and head holds once it has read a video: bool [L, K, T, h, w]."""
@@ -130,31 +160,22 @@ class ShapesQA:
         ]
         return _grid(held, int(visual[0]), (len(frames), side, side))
 
-    @cached_property
-    def _clips(self) -> dict[str, QAClip]:
-        folder = qa_clips.PACKAGED_VIDEOS if self.videos == "packaged" else Path(self.videos)
-        return {clip.path.stem: clip for clip in qa_clips.packaged_clips(folder)}
+    def _read_clips(self, folder: Path) -> list[QAClip]:
+        return qa_clips.packaged_clips(folder)
 
-    @property
-    def _folder(self) -> Path:
-        return host_folder(self.model, llm_host.PACKAGED)
-
-    @cached_property
-    def _host(self) -> tuple[Any, Any]:
-        model, processor = llm_host.load_host(self._folder)
-        return model.to(self.model["device"]), processor
+    def _load(self) -> tuple[Any, Any]:
+        return llm_host.load_host(self._folder)
 
 
 @dataclass(frozen=True)
-class Motion:
+class Motion(_ClipTask):
     """The motion that a clip shows; a unit is a clip."""
 
-    name: str
-    model: Mapping[str, Any]
-    videos: str
-    clips: int
     metric: str = "accuracy"
     baselines: tuple[str, ...] = ()
+
+    packaged_host: ClassVar[Path] = encoder_host.PACKAGED
+    packaged_videos: ClassVar[Path] = motion_clips.PACKAGED_VIDEOS
 
     def __post_init__(self) -> None:
         check_settings(self, encoder_host.PACKAGED, clips=len(self._clips))
@@ -163,31 +184,17 @@ class Motion:
         """The first `clips` clips."""
         return [Unit(clip, clip) for clip in list(self._clips)[: self.clips]]
 
-    def inputs(self) -> dict[str, str]:
-        """Digests of the host and of the clips."""
-        return {"host": digest(self._folder), "clips": digest(next(iter(self._clips.values())).path.parent)}
-
-    def evaluate(self, units: Sequence[Unit], policy: Any, seed: int) -> Iterator[Outcome]:
-        """The clips, one by one; no baseline applies, so `policy` is a policy."""
+    def _outcomes(
+        self, clip: LabelledClip, frames: np.ndarray, units: Sequence[Unit], policy: Policy
+    ) -> Iterator[Outcome]:
         model, processor = self._host
+        with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
+            inputs = {key: value.to(model.device) for key, value in processor(frames).items()}
+            label = int(host(**inputs).logits.argmax(-1))
+            stats = host.stats()
+        detail = {"reply": model.config.id2label[label], "expected": clip.motion}
         for unit in units:
-            clip = self._clips[unit.id]
-            try:
-                frames = decode(clip.path).frames
-            except VideoError as error:
-                fault = str(error).replace(str(clip.path), clip.path.name)
-                yield Outcome(unit, status=UNDECODABLE, error=fault)
-                continue
-            with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
-                inputs = {key: value.to(model.device) for key, value in processor(frames).items()}
-                label = int(host(**inputs).logits.argmax(-1))
-                stats = host.stats()
-            detail = {"reply": model.config.id2label[label], "expected": clip.motion}
-            yield Outcome(unit, score=float(label == clip.label), detail=detail, **measured(stats))
-
-    def clip_path(self, number: int) -> Path:
-        """File of a packaged clip."""
-        return _numbered(list(self._clips.values()), number).path
+            yield Outcome(unit, score=float(label == clip.label), detail=detail, **measured(stats, policy))
 
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
         """Patches that each layer and head holds after its last decision: bool [L, K, tubelets, h, w]."""
@@ -200,19 +207,11 @@ class Motion:
         side = model.config.image_size
         return _grid(held, special_tokens(model), (len(frames) // depth, side // height, side // width))
 
-    @cached_property
-    def _clips(self) -> dict[str, LabelledClip]:
-        folder = motion_clips.PACKAGED_VIDEOS if self.videos == "packaged" else Path(self.videos)
-        return {clip.path.stem: clip for clip in motion_clips.packaged_clips(folder)}
+    def _read_clips(self, folder: Path) -> list[LabelledClip]:
+        return motion_clips.packaged_clips(folder)
 
-    @property
-    def _folder(self) -> Path:
-        return host_folder(self.model, encoder_host.PACKAGED)
-
-    @cached_property
-    def _host(self) -> tuple[Any, Any]:
-        model, processor = encoder_host.load_host(self._folder)
-        return model.to(self.model["device"]), processor
+    def _load(self) -> tuple[Any, Any]:
+        return encoder_host.load_host(self._folder)
 
 
 def _families_in_turn(questions: Sequence[Question]) -> list[Question]:
@@ -235,10 +234,10 @@ def _numbered(clips: Sequence[Any], number: int) -> Any:
 
 def _grid(held: Sequence[Sequence[torch.Tensor]], first: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Token numbers by [layer][head] to bool [L, K, U, h, w]; `first` is the number of the first patch."""
-    size = math.prod(shape)
+    size, (_, height, width) = math.prod(shape), shape
     grid = np.zeros((len(held), len(held[0]), size), dtype=bool)
     for layer, heads in enumerate(held):
         for head, numbers in enumerate(heads):
             patches = numbers.cpu().numpy() - first
             grid[layer, head, patches[(patches >= 0) & (patches < size)]] = True
-    return grid.reshape(*grid.shape[:2], *shape)
+    return rearrange(grid, "l k (u h w) -> l k u h w", h=height, w=width)

@@ -1,7 +1,6 @@
 """The training loop of the packaged video hosts: stages, resumable at any step, reproducible from a seed."""
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from namm_transfer.errors import CheckpointError
+from namm_transfer.files import replacing
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 WARM_UP_STEPS = 40
@@ -132,9 +132,8 @@ class Trainer:
             "seconds": self.seconds,
             "history": self.history,
         }
-        temporary = self.checkpoint.with_suffix(".partial")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        with replacing(self.checkpoint) as partial:
+            torch.save(state, partial)
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from typer.core import TyperGroup
 
-from namm_transfer.configs import compose, nearest
+from namm_transfer.configs import compose, given, nearest
 from namm_transfer.configs.settings import from_overrides
 from namm_transfer.errors import ConfigError, NammTransferError
 
@@ -76,8 +76,12 @@ def evaluate(overrides: Overrides = None, resume: Resume = None) -> None:
 def evolve(overrides: Overrides = None, resume: Resume = None) -> None:
     """Evolve a NAMM on language."""
     from namm_transfer.evolution.run import evolve as run
+    from namm_transfer.evolution.run import stored_settings
 
-    run(_settings("evolve", overrides), resume=resume, console=_console())
+    settings = _settings("evolve", overrides)
+    if resume:  # what the folder was begun with, and on top of it what is given now
+        settings["evolution"] = stored_settings(resume) | given(settings, "evolution", overrides or [])
+    run(settings, resume=resume, console=_console())
 
 
 @app.command()
@@ -154,11 +158,12 @@ def _evaluate(command: str, overrides: list[str] | None, resume: Path | None) ->
     from namm_transfer.eval.transfer import results_folder
     from namm_transfer.eval.transfer import transfer as run
 
-    if resume and not overrides:  # the folder knows its configuration
-        run(RunFolder(resume).config(), resume, _console(), command)
+    stored = RunFolder(resume).config() if resume else None
+    if stored is not None and not overrides:  # the folder knows its configuration
+        config = stored
     else:
         config = _settings(command, overrides)
-        run(config, resume or results_folder(config["out"], command), _console(), command)
+    run(config, resume or results_folder(config["out"], command), _console(), command)
 
 
 def _settings(command: str, overrides: list[str] | None) -> dict[str, Any]:

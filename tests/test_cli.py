@@ -1,6 +1,10 @@
 """The commands as a user types them: what they print, write, refuse, and exit with."""
 
 import json
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,17 @@ def test_eval_writes_a_folder_and_report_prints_it_again(run, namm, tmp_path):
     assert table in first.output
 
 
+def test_no_library_talks_in_front_of_the_table(tmp_path):
+    """With a packaged host and the packaged NAMM, in a process of its own: what libraries print goes past a runner."""
+    arguments = ["eval", "task=video_classification/motion", "task.clips=1", f"out={tmp_path / 'run'}"]
+    call = [sys.executable, "-P", "-c", "from namm_transfer.cli import main; main()", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=True)
+    before = done.stdout[: done.stdout.index("score ±")].strip().splitlines()
+    assert [line.split(" · ")[0] for line in before] == ["video_classification/motion"], "the bar alone"
+    said = [line for line in done.stderr.splitlines() if "compiling its CPU kernel" not in line]
+    assert said == []
+
+
 def test_results_go_to_a_folder_named_after_command_and_time(run, tmp_path):
     assert run("eval", FAKE, "task.clips=1", "policy=full").exit_code == 0
     (folder,) = (tmp_path / "results").iterdir()
@@ -73,6 +88,30 @@ def test_resume_needs_no_settings_and_refuses_others(run, tmp_path):
     assert "run holds a run of another configuration: tasks.video_qa/shapes.clips is 2 there, 3 here" in other.output
 
 
+def test_evolve_resumes_with_its_own_settings_and_those_given_now(run, tmp_path, monkeypatch):
+    from namm_transfer.evolution import run as evolution
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("evolution: {population: 8, sigma: 0.1, generations: 3}\n")
+    seen = []
+    monkeypatch.setattr(evolution, "run_evolution", lambda config, folder, console: seen.append((config, folder)))
+    assert run("evolve", "--resume", "run").exit_code == 0
+    assert run("evolve", "evolution.generations=5", "evolution.minutes=null", "--resume", "run").exit_code == 0
+    first, second = (config for config, _ in seen)
+    assert (first.population, first.sigma, first.generations) == (8, 0.1, 3)
+    assert second == replace(first, generations=5)
+    assert {str(folder) for _, folder in seen} == {"run"}
+
+
+def test_a_damaged_configuration_is_named(run, tmp_path):
+    for content in ("a: [", "- 3", "evolved: 3"):
+        (tmp_path / "config.yaml").write_text(content)
+        for command in ("eval", "evolve"):
+            result = run(command, "--resume", ".")
+            assert result.exit_code == 2, result.output
+            assert "config.yaml" in result.output or "it lacks executor, policies, seed, tasks" in result.output
+
+
 def test_interrupt_exits_130_and_says_how_to_go_on(run):
     stopped = run("eval", FAKE, "task.clips=4", "task.questions=8", "policy=full", "+task.interrupt_after=3", "out=run")
     assert stopped.exit_code == 130
@@ -93,6 +132,19 @@ def test_interrupt_exits_130_and_says_how_to_go_on(run):
         (["eval", "policy=full", "task.videos=nowhere"], "no manifest of packaged clips at nowhere/manifest.json"),
         (["eval", "policy=full", FAKE, "+task.colour=3"], "cannot build the task"),
         (["eval", "policy=full", FAKE, "seed=-1"], "seed is -1"),
+        (["eval", "executor.device=foo", "policy=full", FAKE], "device is 'foo'"),
+        (["eval", "executor.threads=two", "policy=full", FAKE], "threads is 'two'"),
+        (["transfer", "+policies.x={budget: 0.5}"], "policies.x has no name"),
+        (["transfer", "policies.h2o=null"], "policies.h2o is None"),
+        (["transfer", "tasks.video_qa=null"], "tasks.video_qa is None"),
+        (["transfer", "policies.namm.budget=matched"], "policies.namm.budget is 'matched'"),
+        (["eval", "~task"], "task was taken away, and `eval` needs it"),
+        (["eval", "~seed"], "seed was taken away"),
+        (["inspect", "clip=null"], "clip is None; expected the number of a packaged clip"),
+        (["inspect", "executor.device=foo"], "device is 'foo'"),
+        (["bench", "dtype=foo"], "dtype is 'foo'"),
+        (["bench", "policies=null"], "policies is None, and `bench` needs settings there"),
+        (["bench", "+policies.x={budget: 0.5}"], "a policy needs a name"),
         (["eval", "--resume", "nowhere"], "nowhere holds no run"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["inspect", "policy=full", FAKE], "has no clips to inspect"),
@@ -101,6 +153,13 @@ def test_interrupt_exits_130_and_says_how_to_go_on(run):
         (["train", "video_llm"], "out has no value"),
         (["train", "video_encoder", "out=x", "sed=1"], "'sed' is no setting: the nearest is 'seed'"),
         (["evolve", "evolution.populatoin=8"], "the nearest is 'evolution.population'"),
+        (["evolve", "evolution.sigma=abc"], "sigma must be a positive number; got 'abc'"),
+        (["evolve", "evolution.minutes=abc"], "minutes must be positive or null; got 'abc'"),
+        (["evolve", "evolution.host=/nowhere"], "host '/nowhere' is none of the packaged hosts"),
+        (["evolve", "--resume", "nowhere"], "nowhere holds no run"),
+        (["evolve", "evolution.minutes=1", "--resume", "nowhere"], "nowhere holds no run"),
+        (["eval", FAKE, "policy=full", "--resume", "nowhere"], "nowhere holds no run"),
+        (["transfer", "seed=1", "--resume", "nowhere"], "nowhere holds no run"),
         (["bench", "repeats=0"], "repeats is 0; expected an integer of at least 1"),
     ],
 )
@@ -128,6 +187,14 @@ def test_every_trainer_exists():
         module = import_module(f"namm_transfer.eval.{place}")
         assert is_dataclass(getattr(module, settings))
         assert callable(getattr(module, function))
+
+
+def test_doctor_knows_every_extra_and_its_packages():
+    from namm_transfer.eval.doctor import EXTRAS
+
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    extras = {name: len(wanted) for name, wanted in project["optional-dependencies"].items() if name != "dev"}
+    assert {name: len(modules) for name, modules in EXTRAS.items()} == extras
 
 
 def test_doctor_names_what_is_broken(run, monkeypatch):

@@ -23,7 +23,7 @@ class Line:
     Attributes:
         policy: its column in the run.
         budget: what it was given; None for eviction by threshold.
-        kept: mean fraction kept just after decisions.
+        kept: mean fraction kept just after decisions, over the units that had one; None if none had.
         accuracy: mean fraction of answer tokens that the model would have written itself.
         loss: log-likelihood per token minus the full cache's, paired by unit.
         by_kind: mean of that loss per kind of sample.
@@ -33,7 +33,7 @@ class Line:
 
     policy: str
     budget: float | None
-    kept: float
+    kept: float | None
     accuracy: float
     loss: Estimate
     by_kind: Mapping[str, float]
@@ -102,7 +102,7 @@ def markdown(lines: Sequence[Line]) -> str:
             [
                 line.policy,
                 "threshold" if line.budget is None else f"{line.budget:g}",
-                f"{line.kept:.3f}",
+                "–" if line.kept is None else f"{line.kept:.3f}",
                 _interval(line.loss),
                 *(f"{line.by_kind[kind]:.2f}" for kind in kinds),
                 f"{line.accuracy:.3f}",
@@ -133,14 +133,13 @@ def _by_kind(column: Mapping[str, Row], full: Mapping[str, Row], units: Sequence
     return {kind: float(np.mean(lost)) for kind, lost in found.items()}
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """Over those that there are: a unit without a decision has no kept fraction."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else math.nan
 
 
 def _interval(estimate: Estimate) -> str:

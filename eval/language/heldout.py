@@ -18,8 +18,9 @@ from rich.console import Console
 
 from namm_transfer.configs import compose
 from namm_transfer.eval.language.compare import as_json, compare, markdown
-from namm_transfer.eval.results import Row, write_atomically
+from namm_transfer.eval.results import Row
 from namm_transfer.eval.runner import Run
+from namm_transfer.files import write_atomically
 
 __all__ = ["RULES", "columns_of_namm", "columns_of_rules", "heldout", "write_table"]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.executor import check_device
+from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.task import Outcome, Unit, measured
-from namm_transfer.evolution.hosts import LanguageHost, load_host
+from namm_transfer.evolution.hosts import PACKAGED_HOSTS, LanguageHost, load_host
 from namm_transfer.evolution.population import read_sample
 from namm_transfer.evolution.tasks import KINDS, Sample, SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
@@ -58,6 +61,7 @@ class LanguageSamples:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{self.name}: {key} is {value!r}; expected an integer of at least 1")
         check_interval(self.model["update_interval"])
+        check_device(self.model["device"])
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ConfigError(f"{self.name}: kinds {unknown} are unknown; known are {tuple(KINDS)}")
 
@@ -71,8 +75,17 @@ class LanguageSamples:
         ]
 
     def inputs(self) -> dict[str, str]:
-        """The host's name and the documents (both are fetched at a pinned version)."""
-        return {"host": str(self.model["path"]), "documents": ", ".join(self._maker.documents)}
+        """What the host is, and the documents (fetched at a pinned version)."""
+        return {"host": self._identity(), "documents": ", ".join(self._maker.documents)}
+
+    def _identity(self) -> str:
+        """A packaged host by its name, which stands for a pinned version; a folder's digest; a Hub id and commit."""
+        path = str(self.model["path"])
+        if path in PACKAGED_HOSTS:
+            return path
+        if Path(path).is_dir():
+            return digest(Path(path))
+        return f"{path}@{getattr(self._host.model.config, '_commit_hash', None) or 'unknown'}"
 
     def sample(self, unit: Unit, seed: int) -> Sample:
         """The sample of a unit, a function of unit and seed alone."""
@@ -94,7 +107,7 @@ class LanguageSamples:
                 unit,
                 score=float(reading.log_likelihood),
                 detail={"kind": unit.id.split("/")[1], "token_accuracy": float(reading.accuracy)},
-                **measured(reading.stats),
+                **measured(reading.stats, policy),
             )
 
     @cached_property

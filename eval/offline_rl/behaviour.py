@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.offline_rl.claim import claim
+from namm_transfer.files import replacing
 
 if TYPE_CHECKING:
     from sbx import TQC
@@ -49,8 +50,8 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     Raises:
         ConfigError: the folder holds a run of another configuration.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
-    _check_same_run(config)
+    free = ("output", "timesteps", "stop_return")  # when to stop may change while a run goes on
+    claim(config.output / "config.json", {key: value for key, value in asdict(config).items() if key not in free})
     from sbx import TQC
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
@@ -84,17 +85,18 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
             mean, std = measured
             if mean > best:
                 best = float(mean)
-                _save_atomically(model, config.output / "policy.zip")
+                with replacing(config.output / "policy.zip") as partial:
+                    model.save(partial)
             row = {
                 "timesteps": model.num_timesteps,
                 "return_raw_mean": float(mean),
                 "return_raw_std": float(std),
                 "n": config.evaluation_episodes,
             }
-            _save_atomically(model, latest)
-            temporary = replay.with_name("replay.partial.pkl")
-            model.save_replay_buffer(temporary)
-            os.replace(temporary, replay)
+            with replacing(latest) as partial:
+                model.save(partial)
+            with replacing(replay) as partial:
+                model.save_replay_buffer(partial)
             with (config.output / "progress.jsonl").open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             bar.update(
@@ -122,23 +124,3 @@ def read_progress(folder: Path) -> list[dict[str, float]]:
     """Return the evaluations logged so far, oldest first."""
     path = folder / "progress.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _check_same_run(config: BehaviourConfig) -> None:
-    """A folder belongs to one configuration; only the two stopping rules may change when a run goes on."""
-    free = ("output", "timesteps", "stop_return")
-    record = {key: value for key, value in asdict(config).items() if key not in free}
-    path = config.output / "config.json"
-    if not path.exists():
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        return
-    stored = json.loads(path.read_text())
-    if stored != record:
-        changed = sorted(key for key in record if stored.get(key) != record[key])
-        raise ConfigError(f"{config.output} holds a run with other values of {', '.join(changed)}; use a new folder")
-
-
-def _save_atomically(model: TQC, path: Path) -> None:
-    temporary = path.with_name(f"{path.stem}.partial.zip")
-    model.save(temporary)
-    os.replace(temporary, path)

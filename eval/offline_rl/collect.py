@@ -5,7 +5,8 @@ Shapes: E environments (rows), O observation width, A action width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,15 @@ from rich.progress import Progress
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.offline_rl.behaviour import load_behaviour
+from namm_transfer.eval.offline_rl.claim import claim
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.eval.offline_rl.rollout import make_envs, play
+from namm_transfer.eval.provenance import digest
 
 if TYPE_CHECKING:
     from sbx import TQC
+
+RECORD = "collection.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class CollectionConfig:
 
     def __post_init__(self) -> None:
         levels = self.noise_levels
-        if not levels or min(levels) < 0 or len(set(levels)) < len(levels):
+        if not levels or not all(math.isfinite(x) and x >= 0 for x in levels) or len(set(levels)) < len(levels):
             raise ConfigError(f"noise_levels is {levels}; expected distinct values >= 0")
         for name in ("timesteps_per_level", "num_envs"):
             if getattr(self, name) < 1:
@@ -64,10 +69,30 @@ class NoisyPolicyAgent:
         return np.clip(actions + noise, -1.0, 1.0).astype(np.float32)
 
 
+def episodes_file(level: float) -> str:
+    """Name of the file of a noise level: two decimals, or as many as it takes to tell it from any other level."""
+    short = f"{level:.2f}"
+    return f"noise-{short if float(short) == level else repr(float(level))}.npz"
+
+
 def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> list[Path]:
-    """Collect one file of episodes a noise level; levels whose file exists are kept, so a run resumes."""
-    paths = [config.output / f"noise-{level:.2f}.npz" for level in config.noise_levels]
+    """Collect one file of episodes a noise level; levels whose file exists are kept, so a run resumes.
+
+    What they were collected with is in `collection.json` beside them.
+
+    Raises:
+        CheckpointError: there is no behaviour policy.
+        ConfigError: the folder holds episodes of another configuration, or of an unknown one.
+    """
+    paths = [config.output / episodes_file(level) for level in config.noise_levels]
     policy = load_behaviour(config.policy)
+    record = config.output / RECORD
+    if not record.exists() and (found := sorted(path.name for path in config.output.glob("noise-*.npz"))):
+        raise ConfigError(
+            f"{config.output} holds {', '.join(found)}, but no {RECORD} that says of what; use a new folder"
+        )
+    settings = asdict(config) | {"policy": digest(config.policy)}
+    claim(record, {key: value for key, value in settings.items() if key != "output"})
     with Progress(disable=not progress) as bar:
         task = bar.add_task("episodes", total=len(paths) * config.timesteps_per_level)
         for index, (level, path) in enumerate(zip(config.noise_levels, paths, strict=True)):

@@ -5,7 +5,6 @@ Shapes: T timesteps of one episode, O observation width, A action width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from namm_transfer.errors import DataError
+from namm_transfer.files import replacing
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,9 @@ class Episode:
 def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
     """Write episodes to one compressed npz file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
+    with replacing(path) as partial:
         np.savez_compressed(
-            file,
+            partial,
             seed=np.array([e.seed for e in episodes], np.int64),
             length=np.array([e.length for e in episodes], np.int64),
             terminated=np.array([e.terminated for e in episodes], np.bool_),
@@ -82,7 +81,6 @@ def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
             actions=np.concatenate([e.actions for e in episodes]),
             rewards=np.concatenate([e.rewards for e in episodes]),
         )
-    os.replace(temporary, path)
 
 
 def load_episodes(path: Path) -> list[Episode]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from transformers import DecisionTransformerModel
 
 from namm_transfer.errors import CheckpointError
+from namm_transfer.eval.checkpoint import load_weights
 from namm_transfer.eval.offline_rl.scores import ReferenceReturns, ReturnSummary
+from namm_transfer.files import write_atomically
 
 PACKAGED_HOST = Path(__file__).parents[1] / "assets" / "hosts" / "dt_hopper"
 
@@ -78,22 +76,13 @@ def load_host(path: Path | str | None = None) -> tuple[DecisionTransformerModel,
                 "(config.json, model.safetensors, normalisation.json)"
             )
     normalisation = read_normalisation(folder / "normalisation.json")
-    try:
-        loaded: Any = DecisionTransformerModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable decision transformer: {error}") from error
-    wrong = {key: sorted(names) for key, names in report.items() if names and key != "error_msgs"}
-    if wrong:
-        raise CheckpointError(f"{folder}/model.safetensors does not fit config.json: {wrong}")
+    model = load_weights(DecisionTransformerModel, folder, "decision transformer")
     if model.config.state_dim != len(normalisation.state_mean):
         raise CheckpointError(
             f"{folder}: the model takes {model.config.state_dim} observation values, normalisation.json has "
             f"{len(normalisation.state_mean)}"
         )
-    return model.eval(), normalisation
+    return model, normalisation
 
 
 def save_host(path: Path, model: DecisionTransformerModel, normalisation: Normalisation) -> None:
@@ -102,9 +91,7 @@ def save_host(path: Path, model: DecisionTransformerModel, normalisation: Normal
     copy = DecisionTransformerModel(model.config)
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(path)
-    temporary = path / "normalisation.partial.json"
-    temporary.write_text(json.dumps(asdict(normalisation), indent=2) + "\n")
-    os.replace(temporary, path / "normalisation.json")
+    write_atomically(path / "normalisation.json", json.dumps(asdict(normalisation), indent=2) + "\n")
 
 
 def read_normalisation(path: Path) -> Normalisation:

@@ -7,7 +7,6 @@ window lengths so that one set of weights serves both.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from namm_transfer.eval.offline_rl.host import Normalisation, load_host, save_ho
 from namm_transfer.eval.offline_rl.measure import measure_agent, measure_references
 from namm_transfer.eval.offline_rl.scores import ReturnSummary, summarise_returns
 from namm_transfer.eval.offline_rl.window import WindowAgent
+from namm_transfer.files import replacing, write_atomically
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def _fit(
                     "losses": losses,
                     "seconds": time.perf_counter() - started,
                 }
-                torch.save(state, checkpoint.with_suffix(".partial"))
-                os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+                with replacing(checkpoint) as partial:
+                    torch.save(state, partial)
     return model.eval(), losses, time.perf_counter() - started
 
 
@@ -248,6 +248,4 @@ def _write_record(
         "versions": {name: version(name) for name in ("gymnasium", "mujoco", "torch", "transformers")},
         "return_raw": {name: asdict(result) for name, result in results.items()},
     }
-    temporary = config.host / "training.partial.json"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, config.host / "training.json")
+    write_atomically(config.host / "training.json", json.dumps(record, indent=2) + "\n")

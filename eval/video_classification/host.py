@@ -5,12 +5,15 @@ Shape letters: T frames, S side of a frame in pixels.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from transformers import VivitConfig, VivitForVideoClassification
 
 from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.eval.checkpoint import load_weights
 from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE
 
 PACKAGED = Path(__file__).resolve().parent.parent / "assets" / "hosts" / "video_encoder"
@@ -32,8 +35,8 @@ class VideoEncoderProcessor:
         expected = (self.frames, self.side, self.side, 3)
         if frames.dtype != np.uint8 or frames.shape != expected:
             raise DataError(f"expected uint8 frames {list(expected)}, got {frames.dtype} {list(frames.shape)}")
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        return {"pixel_values": pixels[None]}
+        pixels = rearrange(torch.from_numpy(frames), "t h w c -> 1 t c h w")
+        return {"pixel_values": pixels.float() / 127.5 - 1.0}
 
 
 def build_model(seed: int) -> VivitForVideoClassification:
@@ -66,10 +69,11 @@ def load_host(path: Path = PACKAGED) -> tuple[VivitForVideoClassification, Video
     """The encoder in float32 evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: the folder lacks the weights or the configuration.
+        CheckpointError: the folder lacks the weights or the configuration, or they cannot be read.
     """
     for name in ("model.safetensors", "config.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"no {name} in {path}: expected a folder written by `train video_encoder`")
-    model = VivitForVideoClassification.from_pretrained(path, dtype=torch.float32).eval()
-    return model, VideoEncoderProcessor(model.config.num_frames, model.config.image_size)
+    model = load_weights(VivitForVideoClassification, path, "video encoder")
+    config: Any = model.config
+    return model, VideoEncoderProcessor(config.num_frames, config.image_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from rich.progress import track
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -81,7 +82,7 @@ class ClipPool:
         frames[mirrored] = frames[mirrored, :, :, ::-1]
         paths[mirrored, :, 0] *= -1
         labels[mirrored] = MIRRORED[labels[mirrored]]
-        pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+        pixels = rearrange(torch.from_numpy(frames), "b t h w c -> b t c h w").float() / 127.5 - 1.0
         return pixels, torch.from_numpy(labels), torch.from_numpy(paths)
 
 

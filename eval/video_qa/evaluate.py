@@ -2,15 +2,15 @@
 
 import copy
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from rich.progress import track
-from transformers import DynamicCache, LlavaNextVideoForConditionalGeneration
+from transformers import Cache, DynamicCache, LlavaNextVideoForConditionalGeneration
 
 from namm_transfer.eval.video import decode, write_mp4
 from namm_transfer.eval.video_qa.clips import FPS, HELD_OUT_SEEDS, make_clip, render
@@ -18,6 +18,7 @@ from namm_transfer.eval.video_qa.host import VideoQAProcessor
 from namm_transfer.eval.video_qa.questions import FAMILIES, Question, parse_answer, sample_questions
 
 ANSWER_TOKENS = 3
+C = TypeVar("C", bound=Cache)
 
 
 @dataclass(frozen=True)
@@ -42,37 +43,52 @@ def write_clips(folder: Path, seeds: Iterable[int], per_family: int) -> Iterator
         yield QAClip(path, seed, questions_of(seed, per_family))
 
 
+def ask(
+    model: LlavaNextVideoForConditionalGeneration,
+    processor: VideoQAProcessor,
+    frames: np.ndarray,
+    questions: Iterable[Question],
+    seen: C,
+    fork: Callable[[C], C],
+    host: Any = None,
+) -> Iterator[tuple[str, C]]:
+    """Reply to each question about a video uint8 [T, S, S, 3], and the cache that gave it.
+
+    The video is read once, into `seen`; every question is asked of a fork of it. What is called is `host`, the model
+    under a memory, or by default the model itself.
+    """
+    host = model if host is None else host
+    prompts = [processor(frames, question.prompt()).to(model.device) for question in questions]
+    video = prompts[0]["input_ids"] == model.config.video_token_id
+    prefix = int(video.nonzero()[-1, 1]) + 1
+    host(
+        input_ids=prompts[0]["input_ids"][:, :prefix],
+        pixel_values_videos=prompts[0]["pixel_values_videos"],
+        past_key_values=seen,
+        logits_to_keep=1,
+    )
+    for prompt in prompts:
+        memory = fork(seen)
+        tokens = host.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            past_key_values=memory,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+        )
+        yield processor.decode(tokens[0, prompt["input_ids"].shape[1] :]), memory
+
+
+@torch.inference_mode()
 def answer(
     model: LlavaNextVideoForConditionalGeneration,
     processor: VideoQAProcessor,
     frames: np.ndarray,
     questions: Iterable[Question],
 ) -> list[str]:
-    """The model's replies about one video uint8 [T, S, S, 3], full cache; the video is read once for all."""
-    questions = list(questions)
-    prompts = [processor(frames, question.prompt()) for question in questions]
-    video = prompts[0]["input_ids"] == model.config.video_token_id
-    prefix = int(video.nonzero()[-1, 1]) + 1
-    replies = []
-    with torch.inference_mode():
-        seen = DynamicCache(config=model.config.get_text_config())
-        model(
-            input_ids=prompts[0]["input_ids"][:, :prefix],
-            pixel_values_videos=prompts[0]["pixel_values_videos"],
-            past_key_values=seen,
-            logits_to_keep=1,
-        )
-        for prompt in prompts:
-            length = prompt["input_ids"].shape[1]
-            tokens = cast(Any, model).generate(
-                input_ids=prompt["input_ids"],
-                attention_mask=prompt["attention_mask"],
-                past_key_values=copy.deepcopy(seen),
-                max_new_tokens=ANSWER_TOKENS,
-                do_sample=False,
-            )
-            replies.append(processor.decode(tokens[0, length:]))
-    return replies
+    """The model's replies about one video uint8 [T, S, S, 3], full cache."""
+    seen = DynamicCache(config=model.config.get_text_config())
+    return [reply for reply, _ in ask(model, processor, frames, questions, seen, copy.deepcopy)]
 
 
 def accuracy_by_family(

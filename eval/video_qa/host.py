@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.eval.checkpoint import load_weights
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
@@ -146,7 +148,7 @@ def pixel_values(frames: np.ndarray) -> torch.Tensor:
     expected = (SIDE, SIDE, 3)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected or not len(frames):
         raise DataError(f"expected uint8 frames [T, {SIDE}, {SIDE}, 3], got {frames.dtype} {list(frames.shape)}")
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return rearrange(torch.from_numpy(frames), "t h w c -> t c h w").float() / 127.5 - 1.0
 
 
 def save_host(model: LlavaNextVideoForConditionalGeneration, path: Path) -> None:
@@ -163,11 +165,14 @@ def load_host(path: Path = PACKAGED) -> tuple[LlavaNextVideoForConditionalGenera
     """The host in float32 evaluation mode, and its processor.
 
     Raises:
-        CheckpointError: the folder lacks the weights, the configuration or the tokenizer.
+        CheckpointError: the folder lacks the weights, the configuration or the tokenizer, or they cannot be read.
     """
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"no {name} in {path}: expected a folder written by `train video_llm`")
-    model = LlavaNextVideoForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    model = load_weights(LlavaNextVideoForConditionalGeneration, path, "video LLM")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise CheckpointError(f"{path}/tokenizer.json cannot be read: {error}") from error
     return model, VideoQAProcessor(tokenizer)

@@ -14,6 +14,8 @@ __all__ = ["EvolutionConfig"]
 
 # When to stop and how to spread the work do not touch what is searched: a run may be resumed with other values.
 _FREE_TO_CHANGE = frozenset({"generations", "minutes", "workers", "rows_at_once"})
+_DRAWS = 2
+"""How `readers.draw` makes a sample of a job; part of the identity, since the same settings once drew other budgets."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class EvolutionConfig:
         samples: samples per generation; all candidates meet the same ones.
         context_tokens: text lengths before the first question, in tokens, drawn per sample.
         questions: questions a needle sample asks.
-        budgets: fractions of the tokens seen that a candidate may keep, in turn.
-        update_intervals: tokens between two evictions, drawn per sample; multiples of 16.
+        budgets: fractions of the tokens seen that a candidate may keep; every kind meets each of them in turn.
+        update_intervals: tokens between two evictions, drawn per sample; multiples of 16, and none longer than the
+            shortest context: such a sample would be answered before the first decision.
         normaliser_samples: samples on which the feature normaliser is measured before the first generation.
         validate_every: generations between two validations of the mean.
         validation_samples: fixed samples of the validation documents, per validation.
@@ -54,7 +57,7 @@ class EvolutionConfig:
     context_tokens: tuple[int, ...] = (192, 256, 256, 384)
     questions: int = 3
     budgets: tuple[float, ...] = (0.2, 0.35, 0.5)
-    update_intervals: tuple[int, ...] = (64, 128, 256)
+    update_intervals: tuple[int, ...] = (64, 128, 192)
     normaliser_samples: int = 12
     validate_every: int = 5
     validation_samples: int = 24
@@ -72,20 +75,35 @@ class EvolutionConfig:
             *("validate_every", "validation_samples", "workers", "rows_at_once"),
         ):
             _require(type(getattr(self, name)) is int and getattr(self, name) >= 1, name, "an integer >= 1", self)
+        _require(isinstance(self.host, str) and bool(self.host), "host", "a name, a folder or a Hub id", self)
+        _require(isinstance(self.diagonal, bool), "diagonal", "true or false", self)
         _require(self.population >= 4, "population", "at least 4", self)
         _require(type(self.seed) is int and self.seed >= 0, "seed", "an integer >= 0", self)
-        _require(math.isfinite(self.sigma) and self.sigma > 0, "sigma", "a positive number", self)
-        _require(self.minutes is None or self.minutes > 0, "minutes", "positive or null", self)
-        _require(0 < self.kept_fraction < 1, "kept_fraction", "between 0 and 1", self)
-        _require(bool(self.kinds) and set(self.kinds) <= set(KINDS), "kinds", f"some of {tuple(KINDS)}", self)
+        _require(_is_number(self.sigma) and self.sigma > 0, "sigma", "a positive number", self)
+        _require(
+            self.minutes is None or (_is_number(self.minutes) and self.minutes > 0), "minutes", "positive or null", self
+        )
+        _require(
+            _is_number(self.kept_fraction) and 0 < self.kept_fraction < 1, "kept_fraction", "between 0 and 1", self
+        )
+        _require(_all(self.kinds, lambda kind: kind in tuple(KINDS)), "kinds", f"some of {tuple(KINDS)}", self)
         _require(
             _all(self.context_tokens, lambda n: type(n) is int and n >= 64), "context_tokens", "integers >= 64", self
         )
-        _require(_all(self.budgets, lambda b: 0 < b < 1), "budgets", "fractions between 0 and 1", self)
+        _require(
+            _all(self.budgets, lambda b: _is_number(b) and 0 < b < 1), "budgets", "fractions between 0 and 1", self
+        )
         _require(
             _all(self.update_intervals, lambda n: type(n) is int and n >= 16 and n % 16 == 0),
             "update_intervals",
             "positive multiples of 16",
+            self,
+        )
+        shortest = min(self.context_tokens)
+        _require(
+            max(self.update_intervals) <= shortest,
+            "update_intervals",
+            f"at most {shortest}, the shortest of context_tokens, so that every sample meets a decision",
             self,
         )
 
@@ -103,11 +121,15 @@ class EvolutionConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share, as JSON keeps them."""
-        return {
+        return {"draws": _DRAWS} | {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
             if name not in _FREE_TO_CHANGE
         }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _all(values: object, check: Any) -> bool:

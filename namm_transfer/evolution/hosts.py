@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from namm_transfer.errors import DataError
+from namm_transfer.errors import CheckpointError, DataError
 
 __all__ = ["PACKAGED_HOSTS", "LanguageHost", "PackagedHost", "cache_folder", "fetch_package", "load_host"]
 
@@ -107,14 +107,18 @@ def load_host(name: str = "smollm2-135m-instruct", dtype: torch.dtype = torch.bf
 
     Raises:
         DataError: the weights cannot be fetched, or what reads GGUF is not installed.
+        CheckpointError: they are in a folder, and cannot be read.
     """
     if name in PACKAGED_HOSTS:
         model, tokenizer = _load_packaged(name, dtype)
     else:
+        local = Path(name).is_dir()
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except OSError as error:
+        except Exception as error:  # the tokenizers library raises nothing more special
+            if local:
+                raise CheckpointError(f"{name} holds no readable language model: {error}") from error
             raise DataError(
                 f"host {name!r} is none of the packaged hosts {sorted(PACKAGED_HOSTS)}, no folder, and could not be "
                 f"loaded from the Hub: {error}"

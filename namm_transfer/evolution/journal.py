@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.files import append_json, whole_lines
 
 __all__ = ["Journal"]
 
@@ -31,9 +31,9 @@ class Journal:
         self.path = path
         self.records: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _complete_lines(path)
+        lines = whole_lines(path)
         if not lines:
-            self._write({"event": "settings", **header})
+            append_json(path, {"event": "settings", **header})
             return
         first, *rest = (_parse(path, number, line) for number, line in enumerate(lines, 1))
         old = {name: value for name, value in first.items() if name != "event"}
@@ -53,29 +53,12 @@ class Journal:
     def append(self, event: str, **values: Any) -> None:
         """Add a record and wait until it is on the disk."""
         record = {"event": event, **values}
-        self._write(record)
+        append_json(self.path, record)
         self.records.append(record)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file; what follows the last line break is removed from the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    complete = content.rfind(b"\n") + 1
-    if complete < len(content):
-        os.truncate(path, complete)
-    return content[:complete].decode("utf-8").splitlines()
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"{path}, line {number}: no JSON object ({error})") from error

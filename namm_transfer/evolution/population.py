@@ -36,7 +36,7 @@ class Reading:
     Attributes:
         log_likelihood: [P] float64 mean over the answer tokens, in nats.
         accuracy: [P] float64 fraction of the answer tokens that the model would have written itself.
-        kept: [P] float64 fraction of tokens kept, averaged over layers, heads and decisions; 1 before the first.
+        kept: [P] float64 fraction of tokens kept, averaged over layers, heads and decisions; NaN before the first.
         stats: of all P memories together.
     """
 
@@ -81,7 +81,7 @@ def read_sample(model: PreTrainedModel, sample: Sample, memory: Policy, update_i
     return Reading(
         log_likelihood=torch.stack([_mean_log_likelihood(row, answer) for row in logits]),
         accuracy=(logits.argmax(-1) == answer).double().mean(-1),
-        kept=torch.tensor([1.0 if kept is None else kept for kept in stats.kept_by_row], dtype=torch.float64),
+        kept=torch.tensor([float("nan") if kept is None else kept for kept in stats.kept_by_row], dtype=torch.float64),
         stats=stats,
     )
 
@@ -110,7 +110,7 @@ def read_population(
         rows_at_once: candidates per batch, which bounds the memory needed.
 
     Returns:
-        [P] mean log-likelihood of the answer tokens in nats, and [P] fraction of tokens kept.
+        [P] mean log-likelihood of the answer tokens in nats, and [P] fraction of tokens kept, NaN without a decision.
 
     Raises:
         ConfigError: `rows_at_once` is less than 1.

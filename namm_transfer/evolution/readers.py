@@ -34,7 +34,7 @@ class Job:
     Attributes:
         split: of the documents.
         key: makes the sample, together with the config's seed.
-        number: of the sample; kinds and budgets take turns by it.
+        number: of the sample; kinds take turns by it, and the budgets of each kind do.
         by_threshold: evict by threshold instead of by the sample's budget.
     """
 
@@ -46,7 +46,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job found: kind of sample, [P] log-likelihood minus the full cache's own, the latter, [P] kept."""
+    """What a job found: kind of sample, [P] log-likelihood minus the full cache's own, the latter, [P] kept.
+
+    Kept is NaN where no decision was taken.
+    """
 
     kind: str
     difference: np.ndarray
@@ -64,8 +67,10 @@ def draw(config: EvolutionConfig, job: Job) -> tuple[Sample, Condition]:
     rng = np.random.default_rng([config.seed, *job.key])
     context = int(rng.choice(config.context_tokens))
     interval = int(rng.choice(config.update_intervals))
-    kind = config.kinds[job.number % len(config.kinds)]
-    budget = None if job.by_threshold else config.budgets[job.number % len(config.budgets)]
+    # A Latin square: over the rounds each kind meets every budget equally often, whatever the two counts are.
+    round_number, place = divmod(job.number, len(config.kinds))
+    kind = config.kinds[place]
+    budget = None if job.by_threshold else config.budgets[(place + round_number) % len(config.budgets)]
     return _maker(job.split, context, config.questions).draw(kind, rng), Condition(budget, interval)
 
 
@@ -123,9 +128,15 @@ def _measure(job: Job, vectors: np.ndarray) -> FeatureStatistics:
 
 
 class Readers:
-    """A pool of workers, to be used in a `with` block."""
+    """A pool of workers, to be used in a `with` block.
+
+    Raises:
+        NammTransferError: the host cannot be loaded. It is tried here first: of a worker that fails to start, a pool
+            says only that it is broken. Whatever has to be fetched is then there for all of them.
+    """
 
     def __init__(self, config: EvolutionConfig) -> None:
+        load_host(config.host)
         self._pool = ProcessPoolExecutor(
             config.workers,
             mp_context=multiprocessing.get_context("spawn"),

@@ -6,13 +6,14 @@ Shape legend: P candidates, S samples, D = 4172 parameters.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from namm_transfer.errors import DataError
@@ -20,9 +21,12 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
 from namm_transfer.evolution.readers import Job, Outcome, Readers
+from namm_transfer.files import read_yaml, replacing, write_atomically
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
-__all__ = ["calibrate", "choose", "evolve", "run_evolution", "standardised"]
+__all__ = ["calibrate", "choose", "evolve", "mean_kept", "run_evolution", "standardised", "stored_settings"]
+
+CONFIG = "config.yaml"
 
 # First entries of the keys that samples are made from: what one purpose draws, no other draws.
 _SEARCH, _VALIDATION, _CALIBRATION, _NORMALISER = 1, 2, 3, 4
@@ -52,12 +56,27 @@ def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -
     return namm
 
 
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings `evolution` that a folder was begun (or last resumed) with.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise DataError(f"{folder} holds no run to go on with: there is no {CONFIG}")
+    stored = read_yaml(file).get("evolution")
+    if not isinstance(stored, dict):
+        raise DataError(f"{file} does not hold the settings of an evolution")
+    return stored
+
+
 def run_evolution(config: EvolutionConfig, folder: Path, console: Console | None = None) -> NAMM:
     """Run or resume an evolution in a folder, and save its result as `folder/namm`.
 
     Args:
         config: settings; those that matter must be the ones that the folder was begun with.
-        folder: for `journal.jsonl`, the validated centres of the search and the result.
+        folder: for `config.yaml`, `journal.jsonl`, the validated centres of the search and the result.
         console: shows the progress.
 
     Returns:
@@ -66,8 +85,8 @@ def run_evolution(config: EvolutionConfig, folder: Path, console: Console | None
     Raises:
         ConfigError: the folder was begun with other settings.
     """
-    journal = Journal(folder / "journal.jsonl", config.identity())
     with Readers(config) as readers:
+        journal = _begin(config, folder)
         normaliser = _normaliser(config, readers, journal)
 
         def evaluate(generation: int, candidates: np.ndarray) -> Evaluation:
@@ -78,7 +97,7 @@ def run_evolution(config: EvolutionConfig, folder: Path, console: Console | None
             return Evaluation(
                 fitness=standardised(differences),
                 difference=differences.mean(0),
-                kept=float(np.mean([outcome.kept.mean() for outcome in outcomes])),
+                kept=float(mean_kept(outcomes).mean()),
                 detail={"full": float(np.mean([outcome.full for outcome in outcomes]))},
             )
 
@@ -92,7 +111,13 @@ def run_evolution(config: EvolutionConfig, folder: Path, console: Console | None
         run_search(search, evaluate, validate, journal, config, console)
         generation, centre = choose(journal)
         namm = _with_vector(normaliser, np.load(_centres_path(folder, generation))[centre])
-        namm, kept = calibrate(namm, config, readers)
+        namm.save_pretrained(folder / "uncalibrated")
+        try:
+            namm, kept = calibrate(namm, config, readers)
+        except DataError as error:
+            raise DataError(
+                f"{error}; the NAMM as evolved is in {folder / 'uncalibrated'}: by rank (with a budget) it is whole"
+            ) from error
         journal.append(
             "result",
             generation=generation,
@@ -149,7 +174,7 @@ def calibrate(namm: NAMM, config: EvolutionConfig, readers: Readers) -> tuple[NA
         jobs = [Job("train", (_CALIBRATION, i), i, by_threshold=True) for i in range(samples)]
         shifted = np.repeat(vector[None], len(shifts), 0)
         shifted[:, -1] += shifts
-        kept = np.mean([outcome.kept for outcome in readers.read(jobs, namm, shifted)], axis=0)
+        kept = mean_kept(readers.read(jobs, namm, shifted))
         enough = np.flatnonzero(kept >= config.kept_fraction)
         if len(enough) == 0 or enough[0] == 0:
             raise DataError(
@@ -165,12 +190,43 @@ def calibrate(namm: NAMM, config: EvolutionConfig, readers: Readers) -> tuple[NA
     return _with_vector(namm, vector), fraction
 
 
+def mean_kept(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """Mean over samples of the fraction that each candidate kept, [P]; a sample without a decision is left out.
+
+    Raises:
+        DataError: there was no decision in any sample.
+    """
+    kept = np.stack([outcome.kept for outcome in outcomes])  # [S, P]; a decision falls at the same token for all
+    decided = ~np.isnan(kept).any(1)
+    if not decided.any():
+        raise DataError(f"no decision was taken in any of {len(outcomes)} samples: they are shorter than the intervals")
+    return np.asarray(kept[decided].mean(0))
+
+
+def _begin(config: EvolutionConfig, folder: Path) -> Journal:
+    """The journal of a run, and beside it the settings that `--resume` takes."""
+    path, settings = folder / "journal.jsonl", OmegaConf.to_yaml(OmegaConf.create({"evolution": asdict(config)}))
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is no folder; choose another with out=...")
+    if not path.exists():  # the settings first: a run that is killed in between can be resumed
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, settings)
+    journal = Journal(path, config.identity())
+    write_atomically(folder / CONFIG, settings)
+    return journal
+
+
 def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> NAMM:
     """A NAMM that carries the frozen feature normaliser, measured once under candidates of the first generation."""
     if not journal.of("normaliser"):
         jobs = [Job("train", (_NORMALISER, i), i) for i in range(config.normaliser_samples)]
         candidates = Search(NUM_PARAMETERS, config).ask()[:4]
         measured = readers.statistics(jobs, candidates)
+        if not measured.count:
+            raise DataError(
+                f"no token was scored in {len(jobs)} samples, so there is nothing to normalise features by: they are "
+                f"shorter than the update intervals {config.update_intervals}"
+            )
         journal.append("normaliser", mean=measured.mean.tolist(), var=measured.var.tolist(), count=measured.count)
     record = journal.of("normaliser")[0]
     return NAMM.from_vector(
@@ -193,7 +249,7 @@ def _validation(outcomes: Sequence[Outcome], row: int) -> dict[str, Any]:
     return {
         "difference": float(np.mean([outcome.difference[row] for outcome in outcomes])),
         "by_kind": {kind: float(np.mean(found)) for kind, found in sorted(by_kind.items())},
-        "kept": float(np.mean([outcome.kept[row] for outcome in outcomes])),
+        "kept": float(mean_kept(outcomes)[row]),
     }
 
 
@@ -204,6 +260,5 @@ def _centres_path(folder: Path, generation: int) -> Path:
 def _write_centres(folder: Path, generation: int, centres: np.ndarray) -> None:
     path = _centres_path(folder, generation)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, centres)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        np.save(partial, centres)

@@ -12,12 +12,16 @@ from namm_transfer.eval.task import Outcome, Unit
 
 @dataclass(frozen=True)
 class FakeTask:
-    """`clips` clusters of `questions` units; NAMM keeps 0.2 of unit 0, 0.3 of unit 1, 0.2 of unit 2, ..."""
+    """`clips` clusters of `questions` units; NAMM keeps 0.2 of unit 0, 0.3 of unit 1, 0.2 of unit 2, ...
+
+    The units of the clips `undecided` are too short for a decision.
+    """
 
     name: str = "fake"
     clips: int = 3
     questions: int = 2
     undecodable: str = ""
+    undecided: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ("window",)
     metric: str = "accuracy"
     weights: str = "abc"
@@ -55,7 +59,8 @@ class FakeTask:
                 unit,
                 score=float(draw < (0.9 if name == "full" else 0.6)),
                 kept_fraction=fraction,
-                kept_at_updates=fraction,
+                kept_at_updates=None if unit.cluster in self.undecided and name != "full" else fraction,
+                tokens_seen=100,
                 bytes_kv=1000,
                 bytes_total=1100,
                 detail={"reply": "B"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,23 @@ def test_settings_are_checked(task: LanguageSamples) -> None:
         list(task.evaluate(task.units(0), "window", 0))
 
 
+def test_the_host_is_known_by_what_it_holds(task: LanguageSamples, tmp_path: Path) -> None:
+    def host(path: str) -> str:
+        return replace(task, model=MODEL | {"path": path}).inputs()["host"]
+
+    assert host("smollm2-135m-instruct") == "smollm2-135m-instruct"  # of a pinned version
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    one = host(str(tmp_path))
+    assert str(tmp_path) not in one
+    assert host(str(tmp_path)) == one
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert host(str(tmp_path)) != one
+    config = task._host.model.config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_commit_hash", "0a1b2c", raising=False)
+        assert host("owner/name") == "owner/name@0a1b2c"
+
+
 def rows(column: str, scores: list[float], budget: float | None = 0.5) -> list[Row]:
     return [
         Row(
@@ -125,6 +144,15 @@ def test_losses_are_paired_and_clustered() -> None:
     table = markdown(lines)
     assert "| h2o-0.5 | 0.5 | 0.500 | -1.50 [" in table
     assert "| namm | threshold | 0.500 |" in table
+
+
+def test_a_column_without_decisions_has_no_kept_fraction() -> None:
+    full, h2o = rows("full", [-1.0, -2.0], budget=None), rows("h2o-0.5", [-2.0, -3.0])
+    (line,) = compare([*full, *(replace(row, kept_at_updates=None) for row in h2o)])
+    assert line.kept is None
+    assert "| h2o-0.5 | 0.5 | – |" in markdown([line])
+    (half,) = compare([*full, replace(h2o[0], kept_at_updates=None), h2o[1]])
+    assert half.kept == 0.5
 
 
 def test_rows_that_do_not_pair_are_refused() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
-from namm_transfer.eval.offline_rl import train
+from namm_transfer.eval.offline_rl import collect, train
 from namm_transfer.eval.offline_rl.batches import WindowSampler
 from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, train_behaviour
 from namm_transfer.eval.offline_rl.collect import CollectionConfig
@@ -154,6 +155,48 @@ def test_behaviour_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"env_id": "Walker2d-v5"}')
     with pytest.raises(ConfigError, match="other values of env_id"):
         train_behaviour(config, progress=False)
+
+
+@pytest.fixture
+def collecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CollectionConfig:
+    """A collection whose policy is a file that nobody reads, and whose episodes are made up."""
+    (tmp_path / "policy.zip").write_bytes(b"weights")
+    monkeypatch.setattr(collect, "load_behaviour", lambda path: None)
+    monkeypatch.setattr(collect, "make_envs", lambda *args: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(
+        collect, "play", lambda agent, envs, seeds: (make_episode(next(seeds) % 7 + 3) for _ in range(9))
+    )
+    return CollectionConfig(
+        policy=tmp_path / "policy.zip", output=tmp_path / "data", noise_levels=(0.1, 0.001, 0.0), timesteps_per_level=12
+    )
+
+
+def test_every_noise_level_has_a_file_and_a_run_resumes(collecting: CollectionConfig) -> None:
+    paths = collect.collect_episodes(collecting, progress=False)
+    assert [path.name for path in paths] == ["noise-0.10.npz", "noise-0.001.npz", "noise-0.00.npz"]
+    kept = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    assert collect.collect_episodes(replace(collecting, policy=collecting.policy), progress=False) == paths
+    assert [path.read_bytes() for path in paths] == kept
+
+
+@pytest.mark.parametrize("name", ["env_id", "seed", "noise_levels", "timesteps_per_level", "policy"])
+def test_episodes_of_other_settings_are_never_reused(collecting: CollectionConfig, tmp_path: Path, name: str) -> None:
+    collect.collect_episodes(collecting, progress=False)
+    (tmp_path / "other.zip").write_bytes(b"other weights")
+    values = {"env_id": "Walker2d-v5", "seed": 1, "noise_levels": (0.1, 0.002, 0.0), "timesteps_per_level": 13}
+    other = {**values, "policy": tmp_path / "other.zip"}[name]
+    with pytest.raises(ConfigError, match=f"other values of {name};"):
+        collect.collect_episodes(replace(collecting, **{name: other}), progress=False)
+    moved = collecting.policy.rename(tmp_path / "moved.zip")
+    collect.collect_episodes(replace(collecting, policy=moved), progress=False)  # the same policy elsewhere
+
+
+def test_episodes_of_unknown_settings_are_refused(collecting: CollectionConfig) -> None:
+    collecting.output.mkdir()
+    (collecting.output / "noise-0.00.npz").write_bytes(b"of another environment and policy")
+    with pytest.raises(ConfigError, match=r"holds noise-0\.00\.npz, but no collection\.json"):
+        collect.collect_episodes(collecting, progress=False)
 
 
 def test_missing_behaviour_policy_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from namm_transfer.errors import BudgetError, CheckpointError, ConfigError
-from namm_transfer.eval.results import RunFolder
-from namm_transfer.eval.runner import Run, build_policy
+from namm_transfer.eval.results import Row, RunFolder
+from namm_transfer.eval.runner import Run, build_policy, matched_budget
 from namm_transfer.eval.transfer import Interrupted, transfer
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
@@ -65,6 +65,35 @@ def test_a_baseline_runs_only_on_tasks_that_have_it(config, console, tmp_path):
     run(console)
     assert {r.task for r in run.folder.rows() if r.policy == "window"} == {"fake"}
     assert len(run.folder.rows()) == len(run.plan) == 6 * 5 + 6 * 4
+
+
+def test_a_unit_without_a_decision_counts_in_no_mean(config, console, tmp_path):
+    config["tasks"]["one"] |= {"clips": 3, "undecided": ["clip0", "clip2"]}
+    summary = transfer(config, tmp_path / "run", console)
+    rows = RunFolder(tmp_path / "run").rows()
+    assert {r.kept_at_updates for r in rows if r.policy == "namm" and r.cluster != "clip1"} == {None}
+    assert [r.budget for r in rows if r.policy == "h2o"] == [pytest.approx(0.25)] * 6, "of the two units of clip1"
+    assert summary["fake"]["namm"]["kept_at_updates"] == pytest.approx(0.25)
+
+
+def test_a_policy_that_never_got_to_decide_is_refused_now_and_when_resumed(config, console, tmp_path):
+    config["tasks"]["one"] |= {"undecided": ["clip0", "clip1", "clip2"], "model": {"update_interval": 2048}}
+    config["policies"] = {column: config["policies"][column] for column in ("full", "namm", "h2o")}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"'namm' took no decision in any of 6 units.* 2048.* 100 to 100 tokens"):
+            transfer(config, tmp_path / "run", console)
+    assert {r.policy for r in RunFolder(tmp_path / "run").rows()} == {"full", "namm"}, "the full cache may idle"
+
+
+def test_the_matched_budget_needs_a_decision():
+    def row(unit, kept, status="ok"):
+        score = 1.0 if status == "ok" else None
+        return Row("t", "namm", unit, unit, 0, status, "m", score, kept_at_updates=kept)
+
+    assert matched_budget([row("a", 0.2), row("b", 0.4), row("c", None)], "t") == pytest.approx(0.3)
+    assert matched_budget([row("a", None, "undecodable")], "t") == 1.0
+    with pytest.raises(ConfigError, match="no decision in 2 units"):
+        matched_budget([row("a", None), row("b", None), row("c", None, "undecodable")], "t")
 
 
 def test_undecodable_units_are_counted_and_never_scored(config, console, tmp_path):
@@ -136,6 +165,19 @@ def test_nothing_is_written_when_the_configuration_is_bad(config, tmp_path):
         ({"policies": {"h2o": {"name": "h2o", "budget": 1.5}}}, BudgetError, "must lie in"),
         ({"policies": {"h2o": {"name": "h2o", "budget": "matched"}}}, ConfigError, "needs a column 'namm'"),
         ({"policies": {"x": {"name": "windows"}}}, ConfigError, "unknown policy 'windows'"),
+        ({"policies": {"x": {"budget": 0.5}}}, ConfigError, "policies.x has no name"),
+        ({"policies": {"h2o": None}}, ConfigError, "policies.h2o is None; expected settings"),
+        (
+            {"policies": {"namm": {**config["policies"]["namm"], "budget": "matched"}}},
+            ConfigError,
+            "policies.namm.budget is 'matched'",
+        ),
+        ({"tasks": {"one": None}}, ConfigError, "tasks.one is None; expected settings"),
+        ({"tasks": {"one": {"name": "fake"}}}, ConfigError, "there is no _target_"),
+        ({"executor": {"device": "foo", "threads": None}}, ConfigError, "device is 'foo'"),
+        ({"executor": {"device": "meta", "threads": None}}, ConfigError, "device is 'meta'"),
+        ({"executor": {"device": "cpu", "threads": 0}}, ConfigError, "threads is 0"),
+        ({"executor": {"device": "cpu", "threads": "two"}}, ConfigError, "threads is 'two'"),
         ({"policies": {"namm": {"name": "namm", "namm": str(tmp_path / "none")}}}, CheckpointError, "no NAMM"),
         ({"tasks": {"one": {"_target_": "fake_task.FakeTask", "clips": 0}}}, ConfigError, "clips is 0"),
         ({"tasks": {"one": {"_target_": "fake_task.NoTask"}}}, ConfigError, "cannot build the task"),

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from namm_transfer import policy
 from namm_transfer.configs import compose
-from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.errors import CacheError, CheckpointError, ConfigError
 from namm_transfer.eval.offline_rl.host import load_host
 from namm_transfer.eval.offline_rl.rollout import make_envs, rollout
 from namm_transfer.eval.offline_rl.window import WindowAgent
@@ -65,6 +65,28 @@ def test_full_memory_plays_as_the_window_that_never_forgets(episodes, tiny_hosts
         found = outcomes[str(record.seed)]
         assert found.score == pytest.approx(record.return_raw, rel=1e-3)
         assert found.detail["length"] == record.length
+
+
+def test_an_encoder_too_short_for_a_decision_is_refused(motion):
+    task = replace(motion, model={**motion.model, "update_interval": 16384})
+    assert {outcome.kept_at_updates for outcome in task.evaluate(task.units(0), policy("full"), 0)} == {1.0}
+    with pytest.raises(CacheError, match="with update_interval=16384 no decision falls within them"):
+        list(task.evaluate(task.units(0), policy("h2o", budget=0.25), 0))
+
+
+@pytest.mark.parametrize("name", ["qa", "episodes"])
+def test_units_too_short_for_a_decision_have_no_kept_fraction(request, name):
+    task = request.getfixturevalue(name)
+    task = replace(task, model={**task.model, "update_interval": 16384})
+    for rule, kept in ((policy("h2o", budget=0.25), None), (policy("full"), 1.0)):
+        outcomes = list(task.evaluate(task.units(0), rule, 0))
+        assert outcomes and {outcome.kept_at_updates for outcome in outcomes} == {kept}
+        assert all(outcome.kept_fraction == 1.0 and 0 < outcome.tokens_seen < 16384 for outcome in outcomes)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(motion):
+    with pytest.raises(ConfigError, match="device is 'foo'"):
+        replace(motion, model={**motion.model, "device": "foo"})
 
 
 def test_each_episode_is_measured_when_it_ends_whatever_the_others_do(episodes):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE, make_clip, render
@@ -89,6 +90,23 @@ def test_saved_host_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_missing_host_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model.safetensors"):
+        load_host(tmp_path)
+
+
+def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    model = build_model(1)
+    save_host(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5000])
+    with pytest.raises(CheckpointError, match="no readable video encoder"):
+        load_host(tmp_path)
+    save_file({"other": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_host(tmp_path)
+    file.write_bytes(whole)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no readable video encoder"):
         load_host(tmp_path)
 
 

@@ -112,6 +112,17 @@ def test_missing_host_is_named(tmp_path: Path) -> None:
         load_host(tmp_path)
 
 
+def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    save_host(build_model(1), tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        load_host(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="no readable video LLM"):
+        load_host(tmp_path)
+
+
 def test_packaged_clips_are_what_their_seeds_say() -> None:
     clips = packaged_clips()
     assert len(clips) == 16

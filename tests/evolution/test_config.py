@@ -36,11 +36,25 @@ def test_the_yaml_has_every_setting() -> None:
         ("context_tokens", (256.5,)),
         ("kept_fraction", 1.0),
         ("workers", True),
+        ("sigma", "abc"),
+        ("sigma", True),
+        ("minutes", "abc"),
+        ("kept_fraction", "half"),
+        ("budgets", ("0.2",)),
+        ("kinds", (["needles"],)),
+        ("host", None),
+        ("diagonal", "no"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         EvolutionConfig.from_mapping({name: value})
+
+
+def test_every_sample_must_meet_a_decision() -> None:
+    EvolutionConfig(context_tokens=(128, 512), update_intervals=(64, 128))
+    with pytest.raises(ConfigError, match=r"update_intervals must be at most 128, .*got \(64, 144\)"):
+        EvolutionConfig(context_tokens=(128, 512), update_intervals=(64, 144))
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from namm_transfer.errors import DataError
+from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.evolution import hosts
 from namm_transfer.evolution.hosts import cache_folder, fetch_package, load_host
 
@@ -72,6 +72,17 @@ def test_a_folder_is_loaded(
     ids = torch.arange(20)[None]
     torch.testing.assert_close(host.model(ids).logits, llama(attention="eager")(ids).logits, atol=1e-5, rtol=0)
     assert not any(parameter.requires_grad for parameter in host.model.parameters())
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, llama: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="no readable language model"):
+        load_host(str(tmp_path))
 
 
 def test_a_host_that_is_nowhere_is_refused(tmp_path: Path) -> None:

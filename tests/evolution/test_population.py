@@ -54,6 +54,12 @@ def test_rows_equal_candidates_one_by_one(
     assert together.std() > 1e-3  # the candidates do differ
 
 
+def test_without_a_decision_nothing_is_kept_or_lost(model: PreTrainedModel, namm: NAMM, vectors: torch.Tensor) -> None:
+    found, kept = read_population(model, sample(), Condition(0.3, 160), namm, vectors, rows_at_once=5)
+    assert kept.isnan().all()
+    assert float(found[0]) == pytest.approx(read_full(model, sample()), abs=2e-5)
+
+
 def test_a_split_population_is_the_same(model: PreTrainedModel, namm: NAMM, vectors: torch.Tensor) -> None:
     whole, _ = read_population(model, sample(), Condition(0.3, 32), namm, vectors, rows_at_once=5)
     split, _ = read_population(model, sample(), Condition(0.3, 32), namm, vectors, rows_at_once=2)

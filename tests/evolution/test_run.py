@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
-from namm_transfer.errors import DataError
-from namm_transfer.evolution import readers
+from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.evolution import readers, run
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.hosts import LanguageHost
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.population import read_sample
 from namm_transfer.evolution.readers import Job, Outcome, Readers, draw
-from namm_transfer.evolution.run import calibrate, choose, run_evolution, standardised
+from namm_transfer.evolution.run import (
+    calibrate,
+    choose,
+    evolve,
+    mean_kept,
+    run_evolution,
+    standardised,
+    stored_settings,
+)
 from namm_transfer.evolution.text import Document
+from namm_transfer.policies import FeatureStatistics
 
 CONFIG = EvolutionConfig(
     population=4,
@@ -135,6 +146,88 @@ def test_a_whole_evolution_and_one_that_was_resumed(tmp_path: Path) -> None:
     one, two = (read_sample(model, sample, policy("namm", namm=n, budget=0.3), 64) for n in (namm, other))
     assert torch.equal(one.log_likelihood, two.log_likelihood)
     assert condition.update_interval == 64
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("kinds", "budgets"),
+    [
+        (("needles", "recall", "continuation"), (0.2, 0.35, 0.5)),
+        (("needles", "recall", "needles", "continuation"), (0.2, 0.5)),
+        (("needles", "recall"), (0.2, 0.35, 0.5)),
+    ],
+)
+def test_every_kind_meets_every_budget_equally_often(kinds: tuple[str, ...], budgets: tuple[float, ...]) -> None:
+    config = replace(CONFIG, kinds=kinds, budgets=budgets)
+    with Readers(config) as pool:
+        pool.read([Job("train", (9,), 0)], NAMM(), np.zeros((1, 4172)))  # the host is there once a job was read
+        drawn = [draw(config, Job("train", (1, i), i)) for i in range(2 * len(kinds) * len(budgets))]
+    met = Counter((sample.kind, condition.budget) for sample, condition in drawn)
+    assert met == {(kind, budget): 2 * kinds.count(kind) for kind in kinds for budget in budgets}
+
+
+def outcome(*kept: float) -> Outcome:
+    return Outcome("needles", np.zeros(len(kept)), 0.0, np.array(kept))
+
+
+def test_a_sample_without_a_decision_counts_in_no_mean() -> None:
+    np.testing.assert_allclose(mean_kept([outcome(0.2, 0.4), outcome(np.nan, np.nan), outcome(0.4, 0.6)]), [0.3, 0.5])
+    with pytest.raises(DataError, match="no decision was taken in any of 2 samples"):
+        mean_kept([outcome(np.nan), outcome(np.nan)])
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_normaliser_of_no_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Readers, "statistics", lambda *args: FeatureStatistics())
+    with pytest.raises(DataError, match="no token was scored in 1 samples"):
+        run_evolution(CONFIG, tmp_path / "run")
+    assert len((tmp_path / "run" / "journal.jsonl").read_text().splitlines()) == 1, "no normaliser to resume with"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_failed_calibration_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise DataError("no shift of the threshold")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "calibrate", fail)
+        with pytest.raises(DataError, match=r"no shift of the threshold; the NAMM as evolved is in .*uncalibrated"):
+            run_evolution(CONFIG, tmp_path)
+    kept = NAMM.from_pretrained(tmp_path / "uncalibrated")
+    resumed = run_evolution(CONFIG, tmp_path)
+    assert torch.equal(kept.to_vector()[:-1], resumed.to_vector()[:-1])
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "run", {"evolution": asdict(replace(CONFIG, generations=1))}
+    evolve(settings | {"out": str(folder)}, resume=None, console=Console(quiet=True))
+    assert EvolutionConfig.from_mapping(stored_settings(folder)) == replace(CONFIG, generations=1)
+    run_evolution(EvolutionConfig.from_mapping(stored_settings(folder) | {"generations": 2}), folder)
+    assert stored_settings(folder)["generations"] == 2
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"sigma: 0\.065 in the file, 0\.5 now"):
+        run_evolution(replace(CONFIG, sigma=0.5), folder)
+    assert (folder / "config.yaml").read_bytes() == before
+    with pytest.raises(DataError, match="holds no run"):
+        stored_settings(tmp_path / "nowhere")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_killed_before_the_first_line_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "Journal", die)
+    with pytest.raises(KeyboardInterrupt):
+        run_evolution(CONFIG, tmp_path / "run")
+    assert EvolutionConfig.from_mapping(stored_settings(tmp_path / "run")) == CONFIG
+
+
+def test_a_host_that_cannot_be_loaded_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"host '.*nowhere' is none of the packaged hosts"):
+        run_evolution(replace(CONFIG, host=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("in_this_process")
