@@ -47,7 +47,8 @@ def bench(config: Mapping[str, Any], out: Path, console: Console) -> dict[str, A
     """
     _check(config)
     use_executor(config["executor"])
-    folder = RunFolder.open(out, {key: value for key, value in config.items() if key != "out"})
+    kept = {key: value for key, value in config.items() if key != "out"}
+    folder = RunFolder.open(out, kept | {"kvpress": bool(config["kvpress"])})  # its path is this machine's affair
     record(out / "provenance.json", {}, config["seed"])
     done = {_key(row): row for row in map(json.loads, whole_lines(folder.lines))}
     with ExitStack() as stack:
