@@ -21,7 +21,7 @@ from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
 from namm_transfer.scoring import LayerView, Policy
 from namm_transfer.spectrogram import HOP
-from namm_transfer.store import TokenStore
+from namm_transfer.store import Fields, Layout, TokenStore
 from namm_transfer.tiles import Context, Visible
 
 __all__ = ["LayerMemory", "check_interval", "watch"]
@@ -59,12 +59,9 @@ def watch(
     Returns:
         [R, H, n, V].
     """
-    key, value = view.tokens["keys"], view.tokens["values"]
     width = view.tokens.width
-    if ahead is not None:
-        key, value = torch.cat([key, ahead[0]], dim=2), torch.cat([value, ahead[1]], dim=2)
     heads, count = query.shape[1:3]
-    context = Context(key, value, view.tokens.lengths, view.tokens.even, options, count)
+    context = Context(view.tokens, options, count, ahead)
     observer = (lambda attn: policy.observe(view, attn[..., :width])) if policy.observes else None
     out = []
     for start, stop in context.tiles(heads, count, view.queries % HOP, policy.observes):
@@ -82,11 +79,12 @@ class LayerMemory(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, index: int, policy: Policy, update_interval: int) -> None:
+    def __init__(self, index: int, policy: Policy, update_interval: int, layout: Layout = "ragged") -> None:
         super().__init__()
         self.index = index
         self.policy = policy
         self.update_interval = update_interval
+        self.layout = layout
         self.total = 0
         """Tokens seen, padding included: the length that the model is told."""
         self.seen: list[int] = []
@@ -103,13 +101,14 @@ class LayerMemory(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, width = key_states.shape
-        fields = {
+        fields: Fields = {
             "keys": ((width,), key_states.dtype),
             "values": ((value_states.shape[-1],), value_states.dtype),
             "positions": ((), torch.int32),
         }
         self.policy.check_rows(rows)
-        self.tokens = TokenStore.empty(rows, heads, fields | self.policy.fields(key_states.dtype), key_states.device)
+        fields |= self.policy.fields(key_states.dtype)
+        self.tokens = TokenStore.empty(rows, heads, fields, key_states.device, self.layout)
         self.seen, self.updates, self.kept = [0] * rows, [0] * rows, [0.0] * rows
         self.is_initialized = True
 
@@ -117,7 +116,7 @@ class LayerMemory(CacheLayerMixin):
         """Take the new keys and values [B, K, Q, D]; the attention call that follows streams them in."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, heads, _, width = self.tokens["keys"].shape
+        (rows, heads), width = self.tokens.lengths.shape, self.tokens.places()[0].shape[1]
         if (key_states.shape[0], key_states.shape[1], key_states.shape[3]) != (rows, heads, width):
             raise CacheError(
                 f"layer {self.index}: this memory holds {rows} rows of {heads} KV heads of width {width}, but got keys "
@@ -246,7 +245,7 @@ class LayerMemory(CacheLayerMixin):
     ) -> Tensor:
         """One token for each of the rows marked in ``rows`` [B], wherever they are. Returns [B, H, 1, V]."""
         policy, steps = self.policy, rows.tolist()
-        self.tokens.reserve(self.tokens.width + 1)
+        self.tokens.reserve(1)
         now = torch.tensor(self.seen, device=key.device)
         positions = now.to(torch.int32).view(-1, 1, 1).expand(-1, key.shape[1], 1)
         self.tokens.append_one({"keys": key, "values": value, "positions": positions}, rows)
@@ -261,7 +260,7 @@ class LayerMemory(CacheLayerMixin):
                 policy.observe(view, attn[first:last])
 
         visible = RunMask(mask, 0, len(steps), key.device).visible_newest(tokens, now)
-        context = Context(tokens["keys"], tokens["values"], tokens.lengths, tokens.even, options, 1)
+        context = Context(tokens, options, 1)
         out = context.attend(query, visible, observe if policy.observes else None)
         out = out.masked_fill(~rows.view(-1, 1, 1, 1), 0.0)  # a row without a new token attended to nothing
         self.seen = [s + int(step) for s, step in zip(self.seen, steps, strict=True)]
@@ -282,7 +281,7 @@ class LayerMemory(CacheLayerMixin):
             left = count - done
             size = min(left, self.update_interval - seen % self.update_interval) if policy.evicts else left
             block = slice(done, done + size)
-            self.tokens.reserve(self.tokens.width + size)
+            self.tokens.reserve(size)
             tokens = self.tokens.rows(first, last)
             positions = torch.arange(seen, seen + size, device=key.device, dtype=torch.int32)
             tokens.append(

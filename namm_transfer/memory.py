@@ -10,7 +10,7 @@ import json
 import os
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from namm_transfer.errors import CacheError, ConfigError
 from namm_transfer.layer import LayerMemory, check_interval
 from namm_transfer.scoring import Policy
 from namm_transfer.stats import MemoryStats, measure
-from namm_transfer.store import TokenStore
+from namm_transfer.store import Layout, TokenStore
 
 __all__ = ["MemoryCache"]
 
@@ -38,18 +38,23 @@ class MemoryCache(Cache):
     Args:
         policy: made by :func:`namm_transfer.policy`.
         update_interval: tokens between two decisions, a multiple of 16 (512 in the paper).
+        layout: "ragged": each head pays for the keys and values that it keeps; "padded": for those of the fullest head
+            of the batch, the simple reference.
 
     Raises:
-        ConfigError: update_interval is no positive multiple of 16, or policy is none.
+        ConfigError: update_interval is no positive multiple of 16, policy is none, or layout is unknown.
     """
 
     layers: list[LayerMemory]  # type: ignore[assignment]
 
-    def __init__(self, policy: Policy, update_interval: int = 512) -> None:
+    def __init__(self, policy: Policy, update_interval: int = 512, layout: Layout = "ragged") -> None:
         if not isinstance(policy, Policy):
             raise ConfigError(f"MemoryCache needs a policy, e.g. namm_transfer.policy('full'); got {policy!r}")
+        if layout not in get_args(Layout):
+            raise ConfigError(f"layout must be one of {get_args(Layout)}; got {layout!r}")
         self.policy = policy
         self.update_interval = check_interval(update_interval)
+        self.layout = layout
         super().__init__(layers=[])
 
     def update(
@@ -63,7 +68,7 @@ class MemoryCache(Cache):
         self.check_consumed()
         self._check_layers(layer_idx, key_states.shape[2])
         while len(self.layers) <= layer_idx:
-            self.layers.append(LayerMemory(len(self.layers), self.policy, self.update_interval))
+            self.layers.append(LayerMemory(len(self.layers), self.policy, self.update_interval, self.layout))
         return self.layers[layer_idx].update(key_states, value_states)
 
     def _check_layers(self, index: int, count: int) -> None:
@@ -190,8 +195,7 @@ class MemoryCache(Cache):
             fields = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if fields:  # else the memory was saved before this layer's first token
                 lengths = fields.pop("lengths")
-                layer.tokens = TokenStore(fields, lengths, 0, True)
-                layer.tokens.recount()
+                layer.tokens = TokenStore.from_padded(fields, lengths)
                 layer.is_initialized = True
             for name in _COUNTS:
                 setattr(layer, name, state[name])

@@ -123,10 +123,16 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     kernel = kernels.cpu() if query.device.type == "cpu" else None
     if kernel is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    count = key.shape[2]
-    lengths = torch.full(key.shape[:2], count)
-    packed = kernel.pack(key, value)
-    return kernel.attend(query, key, value, *packed, lengths, count - 1, None, WIDTH**-0.5, 0.0, None, False)[0]
+    rows, heads, count, _ = key.shape
+    lengths = torch.full((rows, heads), count)
+    places = (
+        key.reshape(-1, WIDTH),
+        value.reshape(-1, WIDTH),
+        torch.arange(rows * heads).view(rows, heads) * count,
+        lengths,
+    )
+    packed = kernel.pack(*places, count)
+    return kernel.attend(query, *places, count, *packed, count - 1, None, WIDTH**-0.5, 0.0, None, False)[0]
 
 
 class NAMM(nn.Module, PyTorchModelHubMixin, library_name="namm-transfer", tags=["namm", "kv-cache"]):

@@ -1,4 +1,8 @@
-"""Where tokens live: ragged storage in which every head of every row keeps its own number of tokens.
+"""Where tokens live: every head of every row keeps its own number of tokens.
+
+What is wide (keys and values) is stored ragged: a head pays for its own tokens. What is narrow (positions, the policy's
+state) is stored padded to the fullest head, so that policies work on plain tensors. The layout "padded" stores all of
+it so; it is the simple reference.
 
 Shape legend: B batch rows, K KV heads, C capacity, N tokens in use by the fullest head, n new tokens.
 """
@@ -6,52 +10,89 @@ Shape legend: B batch rows, K KV heads, C capacity, N tokens in use by the fulle
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Fields", "TokenStore"]
+from namm_transfer.ragged import Ragged
+
+__all__ = ["Fields", "Layout", "TokenStore"]
 
 GROWTH = 1.25
 """A full store grows by this factor, so that appending token by token copies each token a bounded number of times."""
 SLACK = 64
 """Free places a store always takes along when it is reallocated, in tokens."""
-
+WIDE = ("keys", "values")
 
 Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Name -> trailing shape and type of what is held of each token."""
+Layout = Literal["ragged", "padded"]
 
 
 class TokenStore:
-    """Fields [B, K, C, ...] of tokens, oldest first, packed to the left; ``lengths`` [B, K] of them are in use.
+    """Fields of tokens, oldest first, packed to the left; ``lengths`` [B, K] of them are in use.
 
     Attributes:
         fields: name -> [B, K, C, ...]; all share B, K and C.
+        flat: the ragged fields; None in the padded layout.
         lengths: [B, K] int64 tokens in use.
         width: N, the largest length (kept beside the tensor so that reading it costs no synchronisation).
         even: every head of every row holds exactly ``width`` tokens.
     """
 
-    def __init__(self, fields: dict[str, Tensor], lengths: Tensor, width: int, even: bool) -> None:
+    def __init__(
+        self, fields: dict[str, Tensor], lengths: Tensor, width: int, even: bool, flat: Ragged | None = None
+    ) -> None:
         self.fields = fields
+        self.flat = flat
         self.lengths = lengths
         self.width = width
         self.even = even
+        self._free = 0
+        """Places of the ragged fields that every head has left."""
+        self._evicted = False
+        """Places may have become free since the last trim."""
 
     @classmethod
-    def empty(cls, rows: int, heads: int, fields: Fields, device: torch.device) -> TokenStore:
+    def empty(
+        cls, rows: int, heads: int, fields: Fields, device: torch.device, layout: Layout = "ragged"
+    ) -> TokenStore:
         """A store without tokens; ``fields`` gives each name its trailing shape and type."""
         made = {
             k: torch.empty((rows, heads, 0, *shape), dtype=dtype, device=device) for k, (shape, dtype) in fields.items()
         }
-        return cls(made, torch.zeros(rows, heads, dtype=torch.int64, device=device), 0, True)
+        return cls.from_padded(made, torch.zeros(rows, heads, dtype=torch.int64, device=device), layout)
+
+    @classmethod
+    def from_padded(cls, fields: dict[str, Tensor], lengths: Tensor, layout: Layout = "ragged") -> TokenStore:
+        """A store of the first ``lengths`` [B, K] tokens of fields [B, K, N, ...]."""
+        wide = {k: v for k, v in fields.items() if k in WIDE} if layout == "ragged" else {}
+        flat = Ragged.from_padded(wide, lengths, 0) if wide else None
+        store = cls({k: v for k, v in fields.items() if k not in wide}, lengths, 0, True, flat)
+        store.recount()
+        return store
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.fields.items())
+        yield from self.fields.items()
+        if self.flat is not None:
+            yield from self.flat.fields.items()
 
     def __getitem__(self, name: str) -> Tensor:
-        """The places in use of one field, [B, K, N, ...]; writing into it writes into the store."""
+        """The places in use of one field, [B, K, N, ...].
+
+        Writing into it writes into the store, unless the field is ragged: then this is a copy.
+        """
+        if self.flat is not None and name in self.flat.fields:
+            return self.flat.padded(name, self.width)
         return self.fields[name][:, :, : self.width]
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [T, D] and values [T, V] as they lie, and where each head's tokens start, [B, K]: no copy."""
+        if self.flat is not None:
+            return self.flat.fields["keys"], self.flat.fields["values"], self.flat.starts
+        heads = torch.arange(self.lengths.numel(), device=self.lengths.device).view(self.lengths.shape)
+        return self.fields["keys"].flatten(0, 2), self.fields["values"].flatten(0, 2), heads * self.capacity
 
     def add_fields(self, fields: Fields) -> None:
         """Add those of the fields that are not there yet; every token's value is zero."""
@@ -82,7 +123,9 @@ class TokenStore:
         """
         if start == 0 and stop == len(self.lengths):
             return self
-        part = TokenStore({k: v[start:stop] for k, v in self}, self.lengths[start:stop], self.width, self.even)
+        flat = None if self.flat is None else self.flat.rows(start, stop)
+        fields = {k: v[start:stop] for k, v in self.fields.items()}
+        part = TokenStore(fields, self.lengths[start:stop], self.width, self.even, flat)
         if not aligned:
             part.recount()
         return part
@@ -96,12 +139,20 @@ class TokenStore:
         """Take note of lengths that were changed through a store made by :meth:`rows`."""
         self.width = int(self.lengths.max())
         self.even = bool((self.lengths == self.width).all())
+        if self.flat is not None:
+            self._free = int((self.flat.room - self.lengths).min())
 
-    def reserve(self, capacity: int, *, exact: bool = False) -> None:
-        """Reallocate so that each head has at least ``capacity`` places."""
-        if capacity <= self.capacity and not exact:
-            return
-        capacity = capacity if exact else max(capacity + SLACK, int(self.capacity * GROWTH))
+    def reserve(self, count: int, *, exact: bool = False) -> None:
+        """Reallocate if any head lacks places for ``count`` more tokens; with ``exact``, without places to spare."""
+        needed = self.width + count
+        if needed > self.capacity:
+            self._resize(needed if exact else max(needed + SLACK, int(self.capacity * GROWTH)))
+        if self.flat is not None and count > self._free:
+            room = self.lengths + count
+            self.flat.resize(self.lengths, room if exact else (room * GROWTH).long() + SLACK)
+            self._free = int((self.flat.room - self.lengths).min())
+
+    def _resize(self, capacity: int) -> None:
         for name, old in self.fields.items():
             new = old.new_zeros((*old.shape[:2], capacity, *old.shape[3:]))
             new[:, :, : self.width] = old[:, :, : self.width]
@@ -114,6 +165,11 @@ class TokenStore:
         """
         count = next(iter(new.values())).shape[2]
         end = self.width + count
+        if self.flat is not None:
+            numbers = self.lengths.unsqueeze(-1) + torch.arange(count, device=self.lengths.device)
+            for name in self.flat.fields:
+                self.flat.write(name, numbers, new[name])
+            self._free -= count
         if self.even:
             for name, field in self.fields.items():
                 place = field[:, :, self.width : end]
@@ -131,6 +187,9 @@ class TokenStore:
 
     def append_one(self, new: dict[str, Tensor], rows: Tensor) -> None:
         """Add one token to every head of some rows; ``new`` gives each field [B, K, 1, ...], ``rows`` is [B] bool."""
+        if self.flat is not None:
+            for name in self.flat.fields:
+                self.flat.write(name, self.lengths.unsqueeze(-1), new[name])
         for name, field in self.fields.items():
             where = self.lengths.view(*self.lengths.shape, *[1] * (field.ndim - 2)).expand(-1, -1, 1, *field.shape[3:])
             # the first free place is written in every row, and counted in those that get a token
@@ -145,36 +204,59 @@ class TokenStore:
         """Forget every token outside ``mask`` [B, K, N]; the order of the others stays."""
         mask = mask & self.valid()
         counts = mask.sum(-1)
+        self._evicted = True
         width = int(counts.max())
         order = torch.argsort(~mask, dim=-1, stable=True)[..., :width]  # [B, K, width], kept ones first
         for name in self.fields:
             field = self.fields[name]
             where = order.view(*order.shape, *[1] * (field.ndim - 3)).expand(*order.shape, *field.shape[3:])
             field[:, :, :width] = field.gather(2, where)
+        if self.flat is not None:
+            self.flat.keep(order, counts)
+            self._free = int((self.flat.room - counts).min())
         self.lengths.copy_(counts)
         self.width = width
         self.even = bool((counts == width).all())
 
     def trim(self, *, settled: bool) -> None:
         """Give back free places: all but a few, or, unless ``settled`` (tokens come singly), what is beyond growth."""
+        if not (settled or self._evicted):
+            return
+        self._evicted = False
         most = self.width + 2 * SLACK
         if self.capacity > (most if settled else max(self.width * GROWTH, most)):
-            self.reserve(self.width + SLACK, exact=True)
+            self._resize(self.width + SLACK)
+        if self.flat is not None:
+            used, held = int(self.lengths.sum()), int(self.flat.room.sum())
+            most = used + 2 * SLACK * self.lengths.numel()
+            if held > (most if settled else GROWTH * most):
+                self.flat.resize(self.lengths, self.lengths + SLACK)
+                self._free = SLACK
 
     def select(self, index: Tensor) -> TokenStore:
         """A copy with the rows ``index`` [B'] (may repeat)."""
         index = index.to(self.lengths.device)
-        fields = {k: v[:, :, : self.width].index_select(0, index) for k, v in self}
-        chosen = TokenStore(fields, self.lengths.index_select(0, index), self.width, self.even)
+        fields = {k: v[:, :, : self.width].index_select(0, index) for k, v in self.fields.items()}
+        lengths = self.lengths.index_select(0, index)
+        flat = None if self.flat is None else self.flat.select(index, lengths, SLACK)
+        chosen = TokenStore(fields, lengths, self.width, self.even, flat)
         chosen.recount()
         return chosen
 
     def to(self, device: torch.device | str) -> TokenStore:
         """The store on another device."""
-        return TokenStore({k: v.to(device) for k, v in self}, self.lengths.to(device), self.width, self.even)
+        flat, moved = self.flat, {k: v.to(device) for k, v in self.fields.items()}
+        if flat is not None:
+            flat = Ragged(
+                {k: v.to(device) for k, v in flat.fields.items()}, flat.starts.to(device), flat.room.to(device)
+            )
+        store = TokenStore(moved, self.lengths.to(device), self.width, self.even, flat)
+        store._free = self._free
+        return store
 
     def bytes(self, names: tuple[str, ...] | None = None) -> int:
         """Bytes really allocated by the named fields (by default all of them, and the lengths)."""
         chosen = [v for k, v in self if names is None or k in names]
-        extra = self.lengths.untyped_storage().nbytes() if names is None else 0
-        return sum(v.untyped_storage().nbytes() for v in chosen) + extra
+        if names is None:
+            chosen += [self.lengths] if self.flat is None else [self.lengths, self.flat.starts, self.flat.room]
+        return sum(v.untyped_storage().nbytes() for v in chosen)

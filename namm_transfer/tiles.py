@@ -14,6 +14,7 @@ from torch import Tensor
 
 from namm_transfer import kernels
 from namm_transfer.spectrogram import HOP
+from namm_transfer.store import TokenStore
 
 __all__ = ["AttentionOptions", "Context", "Visible", "attend"]
 
@@ -45,29 +46,37 @@ class AttentionOptions:
 
 
 class Context:
-    """Keys and values that some queries attend to.
+    """Tokens that some queries attend to.
 
     Args:
-        key, value: [R, K, N, D], [R, K, N, V].
-        lengths: [R, K] int64 tokens in use, packed to the left.
-        even: every head uses all N.
+        tokens: the store.
         options: of the attention call.
         count: n, how many queries are to come.
+        ahead: keys and values [R, K, m, D] of tokens that exist for the mask only (the rest of a bidirectional span).
     """
 
     def __init__(
-        self, key: Tensor, value: Tensor, lengths: Tensor, even: bool, options: AttentionOptions, count: int
+        self,
+        tokens: TokenStore,
+        options: AttentionOptions,
+        count: int,
+        ahead: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.key = key
-        self.value = value
-        self.lengths = lengths
-        self.even = even
+        if ahead is not None:
+            wide = {k: torch.cat([tokens[k], x], dim=2) for k, x in zip(("keys", "values"), ahead, strict=True)}
+            full = torch.full_like(tokens.lengths, wide["keys"].shape[2])
+            tokens = TokenStore.from_padded(wide, full, "padded")
+        self.tokens = tokens
         self.options = options
-        usable = key.device.type == "cpu" and key.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        self.key, self.value, self.starts = tokens.places()
+        usable = self.key.device.type == "cpu" and self.key.dtype in (torch.float32, torch.bfloat16, torch.float16)
         self._kernel = kernels.cpu() if usable else None
         self._packed: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self._kernel is not None and count >= FEW:
-            self._packed = self._kernel.pack(key, value)
+        if self._kernel is None:
+            self._padded = tokens["keys"], tokens["values"]
+        elif count >= FEW:
+            lengths = tokens.lengths.contiguous()
+            self._packed = self._kernel.pack(self.key, self.value, self.starts.contiguous(), lengths, tokens.width)
 
     def tiles(self, heads: int, count: int, phase: int, observed: bool) -> Iterator[tuple[int, int]]:
         """Cut ``count`` queries of H = ``heads`` heads into tiles, ends of hops in between.
@@ -77,7 +86,8 @@ class Context:
             phase: queries of an unfinished hop before the first one, in [0, 16).
             observed: whether each tile is to be observed.
         """
-        rows, kv_heads, width = self.key.shape[:3]
+        rows, kv_heads = self.tokens.lengths.shape
+        width = self.tokens.width
         if self._kernel is None:
             limit = TILE_BYTES // max(rows * heads * width * 4, 1)
         elif observed:
@@ -109,20 +119,23 @@ class Context:
         Returns:
             [R, H, t, V].
         """
+        tokens, options = self.tokens, self.options
         if self._kernel is None:
-            return attend(query, self.key, self.value, self._allowed(query, visible), self.options, observer)
-        options, mask, lengths, ahead = self.options, None, self.lengths, None
+            allowed = self._allowed(query, visible)
+            return attend(query, *self._padded, allowed, options, observer)
+        lengths, mask, ahead = tokens.lengths, None, None
         if isinstance(visible, Tensor):  # it speaks for itself
-            mask = visible.expand(*visible.shape[:2], query.shape[2], self.key.shape[2]).contiguous()
-            lengths = torch.full_like(lengths, self.key.shape[2])
+            mask = visible.expand(*visible.shape[:2], query.shape[2], tokens.width).contiguous()
         elif visible is not None:
             ahead = visible
         out, attn = self._kernel.attend(
             query if query.stride(-1) == 1 else query.contiguous(),
             self.key,
             self.value,
-            *self._packed,
+            self.starts.contiguous(),
             lengths.contiguous(),
+            tokens.width,
+            *self._packed,
             ahead,
             mask,
             query.shape[-1] ** -0.5 if options.scaling is None else options.scaling,
@@ -138,13 +151,14 @@ class Context:
         """``visible`` as a tensor, or None if every query sees every place."""
         if isinstance(visible, Tensor):
             return visible
-        if self.even and not visible and (visible is None or query.shape[2] == 1):
+        tokens = self.tokens
+        if tokens.even and not visible and (visible is None or query.shape[2] == 1):
             return None
         device = self.key.device
-        lengths = (self.lengths[:1, :1] if self.even else self.lengths).unsqueeze(-1)
+        lengths = (tokens.lengths[:1, :1] if tokens.even else tokens.lengths).unsqueeze(-1)
         if visible is not None:
             lengths = lengths - visible + torch.arange(query.shape[2], device=device)
-        return torch.arange(self.key.shape[2], device=device) < lengths.unsqueeze(-1)
+        return torch.arange(tokens.width, device=device) < lengths.unsqueeze(-1)
 
 
 def attend(

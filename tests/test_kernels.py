@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from namm_transfer import kernels
 from namm_transfer.spectrogram import BINS, HOP, advance, loaded
+from namm_transfer.store import TokenStore
 from namm_transfer.tiles import AttentionOptions, Context
 
 needs_compiler = pytest.mark.skipif(kernels.cpu() is None, reason="no C++ compiler here")
@@ -32,11 +33,10 @@ def oracle(query, key, value, lengths, visible, options):
         for h in range(heads):
             g = h // groups
             for i in range(count):
+                hidden = visible - i if isinstance(visible, int) else 0
+                seen = np.arange(k.shape[2]) < int(lengths[r, g]) - hidden
                 if isinstance(visible, torch.Tensor):
-                    seen = visible[r % visible.shape[0], g % visible.shape[1], i].numpy()
-                else:
-                    hidden = 0 if visible is None else visible - i
-                    seen = np.arange(k.shape[2]) < int(lengths[r, g]) - hidden
+                    seen &= visible[r % visible.shape[0], g % visible.shape[1], i].numpy()
                 logits = k[r, g][seen] @ q[r, h, i] * scale
                 if options.softcap is not None:
                     logits = options.softcap * np.tanh(logits / options.softcap)
@@ -81,7 +81,10 @@ def test_attention_of_a_tile(data: st.DataObject) -> None:
         softcap=draw(st.sampled_from([None, None, 5.0])),
         sinks=draw(st.sampled_from([None, normal(kv_heads * groups)])),
     )
-    context = Context(key, value, lengths, bool((lengths == tokens).all()), options, count)
+    lengths[0, 0] = tokens
+    layout = draw(st.sampled_from(["ragged", "padded"]))
+    store = TokenStore.from_padded({"keys": key, "values": value}, lengths, layout)
+    context = Context(store, options, count)
     assert context._kernel is not None
     seen: list[torch.Tensor] = []
     out = context.attend(query, visible, seen.append)
@@ -103,7 +106,7 @@ def test_features_are_within_a_hundredth(dtype: torch.dtype) -> None:
     lengths, options = torch.full((1, 2), tokens), AttentionOptions()
     state = torch.float32 if dtype == torch.float32 else torch.float16
     ema, previous = torch.zeros(1, 2, tokens, BINS, dtype=state), torch.zeros(1, 2, tokens, HOP, dtype=state)
-    context = Context(key, value, lengths, True, options, hops * HOP)
+    context = Context(TokenStore.from_padded({"keys": key, "values": value}, lengths), options, hops * HOP)
     for start, stop in ((0, 16), (16, 128), (128, 512)):
         visible = hops * HOP - 1 - start
         context.attend(query[:, :, start:stop], visible, lambda attn: advance(ema, previous, attn))

@@ -178,40 +178,42 @@ bool takes_pairs() {
 int64_t padded_columns(int64_t tokens) { return (tokens + STEP - 1) / STEP * STEP; }
 
 template <typename T, typename S>
-void pack_all(const Tensor& key, const Tensor& value, Tensor& keys, Tensor& values) {
-  const int64_t heads = key.size(1), tokens = key.size(2), width = key.size(3), value_width = value.size(3);
+void pack_all(const Tensor& key, const Tensor& value, const Tensor& starts, const Tensor& lengths, int64_t tokens,
+              Tensor& keys, Tensor& values) {
+  const int64_t pairs = lengths.numel(), width = key.size(1), value_width = value.size(1);
   const int64_t padded = padded_columns(tokens), depth = keys.size(2) / std::max<int64_t>(padded, 1);
   const int64_t blocks = (padded + COLUMNS - 1) / COLUMNS;
-  at::parallel_for(0, key.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, pairs * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / blocks / heads, head = task / blocks % heads, first = task % blocks * COLUMNS;
-      const int64_t columns = std::min(COLUMNS, padded - first), count = std::min(columns, tokens - first);
-      T* k = keys.data_ptr<T>() + (row * heads + head) * keys.size(2) + first * depth;
-      T* v = values.data_ptr<T>() + (row * heads + head) * values.size(2) + first * value_width;
-      const S* from_k = key.const_data_ptr<S>() + row * key.stride(0) + head * key.stride(1) + first * key.stride(2);
-      const S* from_v =
-          value.const_data_ptr<S>() + row * value.stride(0) + head * value.stride(1) + first * value.stride(2);
-      pack_keys(from_k, key.stride(2), count, columns, width, depth, k);
-      pack_values(from_v, value.stride(2), count, columns, value_width, v);
+      const int64_t pair = task / blocks, first = task % blocks * COLUMNS;
+      const int64_t columns = std::min(COLUMNS, padded - first);
+      const int64_t count = std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[pair] - first, 0, columns);
+      const int64_t place = starts.const_data_ptr<int64_t>()[pair] + first;
+      T* k = keys.data_ptr<T>() + pair * keys.size(2) + first * depth;
+      T* v = values.data_ptr<T>() + pair * values.size(2) + first * value_width;
+      pack_keys(key.const_data_ptr<S>() + place * key.stride(0), key.stride(0), count, columns, width, depth, k);
+      pack_values(value.const_data_ptr<S>() + place * value.stride(0), value.stride(0), count, columns, value_width, v);
     }
   });
 }
 
-// Keys [R, K, N, D] and values [R, K, N, V] laid out for `attend`: [R, K, N' * D'] and [R, K, N' * V].
-std::tuple<Tensor, Tensor> pack(const Tensor& key, const Tensor& value) {
+// Keys [T, D] and values [T, V], those of head (r, k) from starts[r, k] on, laid out for `attend`: [R, K, N' * D'] and
+// [R, K, N' * V], N = tokens of the fullest head.
+std::tuple<Tensor, Tensor> pack(const Tensor& key, const Tensor& value, const Tensor& starts, const Tensor& lengths,
+                                int64_t tokens) {
   const bool half = key.scalar_type() == at::kBFloat16 && takes_pairs();
-  const int64_t padded = padded_columns(key.size(2)), depth = (key.size(3) + 1) / 2 * 2;
+  const int64_t padded = padded_columns(tokens), depth = (key.size(1) + 1) / 2 * 2;
   const auto options = key.options().dtype(half ? at::kBFloat16 : at::kFloat);
-  Tensor keys = at::empty({key.size(0), key.size(1), padded * depth}, options);
-  Tensor values = at::empty({key.size(0), key.size(1), padded * value.size(3)}, options);
+  Tensor keys = at::empty({lengths.size(0), lengths.size(1), padded * depth}, options);
+  Tensor values = at::empty({lengths.size(0), lengths.size(1), padded * value.size(1)}, options);
   if (half)
-    pack_all<BFloat16, BFloat16>(key, value, keys, values);
+    pack_all<BFloat16, BFloat16>(key, value, starts, lengths, tokens, keys, values);
   else if (key.scalar_type() == at::kBFloat16)
-    pack_all<float, BFloat16>(key, value, keys, values);
+    pack_all<float, BFloat16>(key, value, starts, lengths, tokens, keys, values);
   else if (key.scalar_type() == at::kHalf)
-    pack_all<float, at::Half>(key, value, keys, values);
+    pack_all<float, at::Half>(key, value, starts, lengths, tokens, keys, values);
   else
-    pack_all<float, float>(key, value, keys, values);
+    pack_all<float, float>(key, value, starts, lengths, tokens, keys, values);
   return {keys, values};
 }
 
@@ -225,7 +227,7 @@ struct Call {
   const float* sinks;             // [H] or null
   const bool* mask;               // [R | 1, K | 1, t, N] or null
   int64_t mask_row, mask_head;    // its strides
-  const int64_t* lengths;         // [R, K]
+  const int64_t *starts, *lengths;  // [R, K]
 };
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -428,12 +430,12 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t pair = task / chunks, row = pair / call.kv_heads, head = pair % call.kv_heads;
       const int64_t start = task % chunks * CHUNK, last = std::min(N, start + CHUNK);
-      const S* k = key.const_data_ptr<S>() + row * key.stride(0) + head * key.stride(1);
-      const S* v = value.const_data_ptr<S>() + row * value.stride(0) + head * value.stride(1);
+      const S* k = key.const_data_ptr<S>() + call.starts[pair] * key.stride(0);
+      const S* v = value.const_data_ptr<S>() + call.starts[pair] * value.stride(0);
       float* logits = p.data() + pair * m * padded + start;
       const int64_t used = std::clamp<int64_t>(limit(pair, call.count - 1) - start, 0, last - start);
       for (int64_t c = 0; c < used; ++c) {
-        const S* from = k + (start + c) * key.stride(2);
+        const S* from = k + (start + c) * key.stride(0);
         for (int64_t x = 0; x < m; ++x) {
           const float* own = q.data() + (pair * m + x) * D;
           vf dot{};
@@ -462,14 +464,14 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
           vf acc[4] = {};
           const int64_t n = std::min<int64_t>(4, (whole_v - d) / LANES);
           for (int64_t c = 0; c < used; ++c) {
-            const S* from = v + (start + c) * value.stride(2) + d;
+            const S* from = v + (start + c) * value.stride(0) + d;
             for (int64_t a = 0; a < n; ++a) acc[a] += s[c] * load(from + a * LANES);
           }
           for (int64_t a = 0; a < n; ++a) store(o + x * V + d + a * LANES, acc[a]);
         }
         for (int64_t d = whole_v; d < V; ++d) {
           float acc = 0;
-          for (int64_t c = 0; c < used; ++c) acc += s[c] * float(v[(start + c) * value.stride(2) + d]);
+          for (int64_t c = 0; c < used; ++c) acc += s[c] * float(v[(start + c) * value.stride(0) + d]);
           o[x * V + d] = acc;
         }
       }
@@ -517,22 +519,23 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
 
 // Attention of a tile.
 //
-// query [R, H, t, D]; key [R, K, N, D] and value [R, K, N, V]; lengths [R, K] tokens in use; packed: key and value as
-// made by `pack`, or none for a few queries; `ahead`: tokens newer than the first query (causal), or none (every query
-// sees every token); mask [R | 1, K | 1, t, N] bool; softcap 0: none; sinks [H] float32.
+// query [R, H, t, D]; key [T, D] and value [T, V], those of head (r, k) from starts[r, k] on, lengths [R, K] of them in
+// use, tokens = N at most; packed: key and value as made by `pack`, or none for a few queries; `ahead`: tokens newer than
+// the first query (causal), or none (every query sees every token); mask [R | 1, K | 1, t, N] bool; softcap 0: none;
+// sinks [H] float32.
 // Returns the output [R, H, t, V], and the probabilities averaged over each group, [R, K, t, N] float32, if asked for.
-std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const std::optional<Tensor>& packed_key, const std::optional<Tensor>& packed_value,
-                                  const Tensor& lengths, std::optional<int64_t> ahead,
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& starts,
+                                  const Tensor& lengths, int64_t tokens, const std::optional<Tensor>& packed_key,
+                                  const std::optional<Tensor>& packed_value, std::optional<int64_t> ahead,
                                   const std::optional<Tensor>& mask, double scale, double softcap,
                                   const std::optional<Tensor>& sinks, bool observe) {
   Call call{};
   call.rows = query.size(0), call.heads = query.size(1), call.count = query.size(2), call.width = query.size(3);
-  call.kv_heads = key.size(1), call.groups = call.heads / call.kv_heads, call.tokens = key.size(2);
-  call.padded = padded_columns(call.tokens), call.depth = (call.width + 1) / 2 * 2, call.value_width = value.size(3);
+  call.kv_heads = lengths.size(1), call.groups = call.heads / call.kv_heads, call.tokens = tokens;
+  call.padded = padded_columns(call.tokens), call.depth = (call.width + 1) / 2 * 2, call.value_width = value.size(1);
   call.part = std::min(call.count, std::max<int64_t>(8, 64 / call.groups / 8 * 8));
   call.ahead = ahead, call.scale = float(scale), call.softcap = float(softcap);
-  call.lengths = lengths.const_data_ptr<int64_t>();
+  call.starts = starts.const_data_ptr<int64_t>(), call.lengths = lengths.const_data_ptr<int64_t>();
   if (sinks) call.sinks = sinks->const_data_ptr<float>();
   if (mask) {
     call.mask = mask->const_data_ptr<bool>();
@@ -704,10 +707,11 @@ void advance_(Tensor ema, Tensor previous, const Tensor& attn, double decay, dou
 }  // namespace
 
 TORCH_LIBRARY(namm_transfer, m) {
-  m.def("pack(Tensor key, Tensor value) -> (Tensor, Tensor)", &pack);
+  m.def("pack(Tensor key, Tensor value, Tensor starts, Tensor lengths, int tokens) -> (Tensor, Tensor)", &pack);
   m.def(
-      "attend(Tensor query, Tensor key, Tensor value, Tensor? packed_key, Tensor? packed_value, Tensor lengths, "
-      "int? ahead, Tensor? mask, float scale, float softcap, Tensor? sinks, bool observe) -> (Tensor, Tensor)",
+      "attend(Tensor query, Tensor key, Tensor value, Tensor starts, Tensor lengths, int tokens, Tensor? packed_key, "
+      "Tensor? packed_value, int? ahead, Tensor? mask, float scale, float softcap, Tensor? sinks, bool observe) -> "
+      "(Tensor, Tensor)",
       &attend);
   m.def("advance_(Tensor(a!) ema, Tensor(b!) previous, Tensor attn, float decay, float scale) -> ()", &advance_);
 }

@@ -131,7 +131,7 @@ class NAMMPolicy(Policy):
         lengths = None if view.tokens.even else view.tokens.lengths
         weights = network.unflatten(vectors.detach().float().to(device))
         # the attention that the features are made of is no more precise than the model
-        precision = torch.bfloat16 if view.tokens["keys"].dtype == torch.bfloat16 else torch.float32
+        precision = torch.bfloat16 if view.tokens.places()[0].dtype == torch.bfloat16 else torch.float32
         return network.scores(weights, self.features(view), lengths, precision=precision)
 
     def decide(self, view: LayerView) -> Tensor:
