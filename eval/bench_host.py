@@ -64,8 +64,8 @@ class BenchHost:
         self.config = config
         self.device = config["executor"]["device"]
         longest = max(*config["lengths"], config["peak_length"], config["population_length"]) + config["decode"] + 1
-        if config["model"]:
-            host = load_host(config["model"], getattr(torch, config["dtype"]))
+        if config["host"]:
+            host = load_host(config["host"], getattr(torch, config["dtype"]))
             self.model: PreTrainedModel = host.model.to(self.device)
             text = "\n\n".join(document.text for document in load_documents("heldout"))
             ids = host.tokenizer(text, return_tensors="pt").input_ids[0]
