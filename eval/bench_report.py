@@ -20,7 +20,7 @@ def write_report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any
     """Print the tables, and write `summary.json`, `summary.md` and `ratios.png` to ``out``."""
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     tables = [_times(summary, what) for what in ("prefill", "decode")] + [_memory(summary)]
-    lines = [f"{config['dtype']}, {config['model'] or 'random weights'}, update interval {config['update_interval']}."]
+    lines = [f"{config['dtype']}, {config['host'] or 'random weights'}, update interval {config['update_interval']}."]
     for title, heads, rows in tables:
         table = Table(title=escape(title))
         for index, head in enumerate(heads):
