@@ -21,7 +21,7 @@ from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
 from namm_transfer.scoring import LayerView, Policy
 from namm_transfer.spectrogram import HOP
 from namm_transfer.store import TokenStore
-from namm_transfer.tiles import Context, Visible
+from namm_transfer.tiles import Context, Observed, Visible
 
 __all__ = ["LayerMemory", "check_interval", "watch"]
 
@@ -63,8 +63,10 @@ def watch(
     if ahead is not None:
         key, value = torch.cat([key, ahead[0]], dim=2), torch.cat([value, ahead[1]], dim=2)
     heads, count = query.shape[1:3]
-    context = Context(key, value, view.tokens.lengths, view.tokens.even, options, count)
-    observer = (lambda attn: policy.observe(view, attn[..., :width])) if policy.observes else None
+    masked = isinstance(visible(0, 1), Tensor)
+    lengths, even = view.tokens.lengths, view.tokens.even
+    context = Context(key, value, lengths, even, options, count, masked=masked, width=width)
+    observer = partial(policy.observe, view) if policy.observes else None
     out = []
     for start, stop in context.tiles(heads, count, view.queries % HOP, policy.observes):
         out.append(context.attend(query[:, :, start:stop], visible(start, stop), observer))
@@ -242,12 +244,13 @@ class LayerMemory(CacheLayerMixin):
         tokens = self.tokens
         moving = [(a, b) for a, b in _runs(list(zip(self.seen, steps, strict=True))) if steps[a]]
 
-        def observe(attn: Tensor) -> None:
+        def observe(attn: Observed) -> None:
+            (probabilities,) = attn  # of one query
             for first, last in moving:
                 seen = self.seen[first]
                 part = tokens.rows(first, last, aligned=True)
                 view = LayerView(part, self.index, (first, last), seen + 1, seen, self.update_interval)
-                policy.observe(view, attn[first:last])
+                policy.observe(view, Observed(probabilities[first:last]))
 
         visible = RunMask(mask, 0, len(steps), key.device).visible_newest(tokens, now)
         context = Context(tokens["keys"], tokens["values"], tokens.lengths, tokens.even, options, 1)

@@ -1,4 +1,4 @@
-"""Attention in tiles that can be watched: by the compiled kernel where there is one, by torch elsewhere.
+"""Attention in tiles that can be watched: by the compiled kernels where there are any, by torch elsewhere.
 
 Shape legend: R rows, H query heads, K KV heads, G = H / K, t queries of a tile, n queries of a block, N tokens,
 D key width, V value width.
@@ -7,15 +7,16 @@ D key width, V value width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from namm_transfer import kernels
-from namm_transfer.spectrogram import HOP
+from namm_transfer.spectrogram import DECAY, HOP, advance, state_scale
 
-__all__ = ["AttentionOptions", "Context", "Visible", "attend"]
+__all__ = ["AttentionOptions", "Context", "Observed", "Visible", "attend"]
 
 TILE_BYTES = 32 * 2**20
 """Bound on the float32 attention probabilities that torch's operators make at a time."""
@@ -24,7 +25,9 @@ OBSERVED_BYTES = 8 * 2**20
 FEW = 16
 """Below so many queries the kernel reads keys and values as they lie, since laying them out would cost more."""
 
-Observer = Callable[[Tensor], None]
+TRITON_DEVICES = {"cuda"}
+"""Where Triton's kernels serve (its interpreter would serve a CPU)."""
+
 Visible = Tensor | int | None
 """What a tile's queries may attend to: None, every token in use; an int, all but so many of the newest for the first
 query, one more for each of the next (causality); or a bool tensor [R or 1, K or 1, t, N]."""
@@ -43,6 +46,72 @@ class AttentionOptions:
         """Neither a cap on the logits nor learned sinks: torch's own kernels compute it."""
         return self.softcap is None and self.sinks is None
 
+    def scale(self, width: int) -> float:
+        """What the products of queries and keys of this width are multiplied with."""
+        return width**-0.5 if self.scaling is None else self.scaling
+
+
+class Observed:
+    """What a tile's queries attend to: probabilities averaged in float32 over each group of query heads.
+
+    It is asked for what is needed of it, since not every backend holds the probabilities themselves.
+    """
+
+    def __init__(self, attn: Tensor) -> None:
+        """Of the probabilities [R, K, t, N]."""
+        self._attn = attn
+
+    @property
+    def count(self) -> int:
+        """t."""
+        return self._attn.shape[2]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The probabilities in their order, [R, K, s, N]: the parts' s add up to t, and are whole hops or the rest."""
+        yield self._attn
+
+    def sums(self, start: int = 0) -> Tensor:
+        """What each token gets of the queries from ``start`` on, [R, K, N]."""
+        return self._attn[:, :, start:].sum(2)
+
+    def advance(self, ema: Tensor, previous: Tensor) -> None:
+        """Fold the queries, which are whole hops, into a spectrum: see :func:`spectrogram.advance`."""
+        advance(ema, previous, self._attn)
+
+
+Observer = Callable[[Observed], None]
+
+
+class _Recomputed(Observed):
+    """Attention that was not held: Triton's kernels compute it again from the queries' normalisers."""
+
+    def __init__(
+        self, kernel: ModuleType, context: Context, query: Tensor, lse: Tensor, lengths: Tensor, ahead: int | None
+    ) -> None:
+        self._kernel = kernel
+        self._context = context
+        self._call = (query, context.shown_key, lse, lengths, ahead, context.options.scale(query.shape[3]))
+
+    @property
+    def count(self) -> int:
+        return self._call[0].shape[2]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        query, ahead = self._call[0], self._call[4]
+        rows, heads, count = query.shape[:3]
+        step = max(1, TILE_BYTES // (rows * heads * self._context.key.shape[2] * 4) // HOP) * HOP
+        for start in range(0, count, step):
+            part = query[:, :, start : start + step]
+            yield self._context.probabilities(part, None if ahead is None else ahead - start)
+
+    def sums(self, start: int = 0) -> Tensor:
+        found: Tensor = self._kernel.column_sums(*self._call, start, self._context.options.softcap)
+        return found
+
+    def advance(self, ema: Tensor, previous: Tensor) -> None:
+        scale, softcap = state_scale(ema.dtype), self._context.options.softcap
+        self._kernel.observe_spectrum(*self._call, ema, previous, DECAY, scale, softcap)
+
 
 class Context:
     """Keys and values that some queries attend to.
@@ -53,18 +122,34 @@ class Context:
         even: every head uses all N.
         options: of the attention call.
         count: n, how many queries are to come.
+        masked: whether a tensor is to say what they may attend to.
+        width: only so many of the tokens, the first, are shown to an observer; by default all.
     """
 
     def __init__(
-        self, key: Tensor, value: Tensor, lengths: Tensor, even: bool, options: AttentionOptions, count: int
+        self,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor,
+        even: bool,
+        options: AttentionOptions,
+        count: int,
+        *,
+        masked: bool = False,
+        width: int | None = None,
     ) -> None:
         self.key = key
         self.value = value
         self.lengths = lengths
         self.even = even
         self.options = options
+        self.width = width
+        self._triton: ModuleType | None = None
+        if key.device.type in TRITON_DEVICES and count >= HOP and not masked:
+            module = kernels.gpu()
+            self._triton = module if module is not None and module.serves(key, value) else None
         usable = key.device.type == "cpu" and key.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        self._kernel = kernels.cpu() if usable else None
+        self._kernel = kernels.cpu() if usable and self._triton is None else None
         self._packed: tuple[Tensor | None, Tensor | None] = (None, None)
         if self._kernel is not None and count >= FEW:
             self._packed = self._kernel.pack(key, value)
@@ -78,7 +163,9 @@ class Context:
             observed: whether each tile is to be observed.
         """
         rows, kv_heads, width = self.key.shape[:3]
-        if self._kernel is None:
+        if self._triton is not None:
+            limit = count + HOP
+        elif self._kernel is None:
             limit = TILE_BYTES // max(rows * heads * width * 4, 1)
         elif observed:
             limit = OBSERVED_BYTES // max(rows * kv_heads * width * 4, 1)
@@ -104,13 +191,20 @@ class Context:
         Args:
             query: [R, H, t, D].
             visible: which tokens each query may attend to.
-            observer: gets the probabilities averaged in float32 over each group of query heads, [R, K, t, N].
+            observer: is shown what the tile attends to.
 
         Returns:
             [R, H, t, V].
         """
+        if self._triton is not None and not isinstance(visible, Tensor) and query.shape[2] >= HOP:
+            scale, softcap, sinks = self.options.scale(query.shape[3]), self.options.softcap, self.options.sinks
+            out, lse = self._triton.forward(query, self.key, self.value, self.lengths, visible, scale, softcap, sinks)
+            if observer is not None:
+                observer(_Recomputed(self._triton, self, query, lse, self.lengths, visible))
+            return out
         if self._kernel is None:
-            return attend(query, self.key, self.value, self._allowed(query, visible), self.options, observer)
+            show = None if observer is None else (lambda attn: self._show(attn, observer))
+            return attend(query, self.key, self.value, self._allowed(query, visible), self.options, show)
         options, mask, lengths, ahead = self.options, None, self.lengths, None
         if isinstance(visible, Tensor):  # it speaks for itself
             mask = visible.expand(*visible.shape[:2], query.shape[2], self.key.shape[2]).contiguous()
@@ -125,14 +219,28 @@ class Context:
             lengths.contiguous(),
             ahead,
             mask,
-            query.shape[-1] ** -0.5 if options.scaling is None else options.scaling,
+            options.scale(query.shape[-1]),
             options.softcap or 0.0,
             None if options.sinks is None else options.sinks.float().contiguous(),
             observer is not None,
         )
         if observer is not None:
-            observer(attn)
+            self._show(attn, observer)
         return out
+
+    def probabilities(self, query: Tensor, visible: Visible) -> Tensor:
+        """What an observer is shown of a tile, [R, K, t, N], by torch's operators."""
+        held: list[Tensor] = []
+        attend(query, self.key, self.value, self._allowed(query, visible), self.options, held.append)
+        return held[0][..., : self.width]
+
+    @property
+    def shown_key(self) -> Tensor:
+        """The keys of the tokens that are shown to an observer."""
+        return self.key[:, :, : self.width]
+
+    def _show(self, attn: Tensor, observer: Observer) -> None:
+        observer(Observed(attn[..., : self.width]))
 
     def _allowed(self, query: Tensor, visible: Visible) -> Tensor | None:
         """``visible`` as a tensor, or None if every query sees every place."""
@@ -153,7 +261,7 @@ def attend(
     value: Tensor,
     allowed: Tensor | None,
     options: AttentionOptions,
-    observer: Observer | None,
+    observer: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """Attention of one tile by torch's operators.
 
@@ -175,7 +283,7 @@ def attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, scale=options.scaling, enable_gqa=groups > 1
         )
-    scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    scaling = options.scale(query.shape[-1])
     grouped = query.reshape(rows, kv_heads, groups * count, -1)
     logits = torch.matmul(grouped, key.transpose(-1, -2)).view(rows, kv_heads, groups, count, width).float() * scaling
     if options.softcap is not None:
