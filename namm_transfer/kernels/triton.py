@@ -132,9 +132,10 @@ def _forward(
     some_see = tl.maximum(some_see, 0)
     share = tl.cdiv(tl.cdiv(some_see, parts), BLOCK_N) * BLOCK_N
     start, stop = tl.minimum(part * share, some_see), tl.minimum((part + 1) * share, some_see)
+    limit = tl.minimum(limit, stop)
     whole = start + tl.maximum(tl.minimum(stop, all_see) - start, 0) // BLOCK_N * BLOCK_N
 
-    q_at = query + row * query_row + head.to(tl.int64) * query_head + i[:, None] * query_one + d[None, :]
+    q_at = query + row * query_row + head.to(tl.int64) * query_head + i[:, None].to(tl.int64) * query_one + d[None, :]
     q = tl.load(q_at, mask=(i < count)[:, None] & (d < D)[None, :], other=0.0)
     key += row * key_row + kv_head.to(tl.int64) * key_head
     value += row * value_row + kv_head.to(tl.int64) * value_head
@@ -152,7 +153,8 @@ def _forward(
         acc, total, top, q, key, value, key_token, value_token, whole, stop, limit, scale,
         D, V, BLOCK_D, BLOCK_V, BLOCK_N, True, SOFTCAP, PRECISION, WIDEN,
     )  # fmt: skip
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)  # a query that sees nothing gets nothing
+    acc = acc / total[:, None]
     at = (part * tl.num_programs(0) + pair).to(tl.int64) * count + i
     tl.store(lse + at, top + tl.log2(total), mask=i < count)
     tl.store(
@@ -169,9 +171,10 @@ def _combine(parts_out, parts_lse, out, lse, parts, V: tl.constexpr, BLOCK_V: tl
     top = tl.max(each, 0)
     weight = tl.exp2(each - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, 0)
+    total = tl.where(total > 0, total, 1.0)
     x_at = parts_out + (p[:, None] * queries + at) * V + v[None, :]
     x = tl.load(x_at, mask=(p < parts)[:, None] & (v < V)[None, :], other=0.0)
-    mean = tl.sum(x * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    mean = tl.sum(x * weight[:, None], 0) / total
     tl.store(out + at * V + v, mean.to(out.dtype.element_ty), mask=v < V)
     tl.store(lse + at, top + tl.log2(total))
 
@@ -215,12 +218,12 @@ def _spectrum(
     real parts, then its imaginary ones; then the same of a hop as the second half. They are those of the bins 0 to 15,
     except that the imaginary part of bin 0, which is none, gives its place to bin 16, which is real.
     """
-    pair = tl.program_id(1)
+    pair, block = tl.program_id(0), tl.program_id(1)
     row, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     length = tl.load(lengths + pair).to(tl.int32)
-    if tl.program_id(0) * BLOCK_N >= length:
+    if block * BLOCK_N >= length:
         return
-    place, d, column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, _HOP)
+    place, d, column = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, _HOP)
     used = (place < length) & (place < tokens)
     key += row * key_row + head * key_head
     query += row * query_row + head * GROUPS * query_head
@@ -266,13 +269,13 @@ def _sums(
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """What the queries from ``begin`` on give to a block of tokens of one KV head; out [R, K, N] contiguous."""
-    pair = tl.program_id(1)
+    pair, block = tl.program_id(0), tl.program_id(1)
     row, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     length = tl.load(lengths + pair).to(tl.int32)
-    place, d, i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, _HOP)
+    place, d, i = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, _HOP)
     used = (place < length) & (place < tokens)
     total = tl.zeros([BLOCK_N, _HOP], tl.float32)
-    if tl.program_id(0) * BLOCK_N < length:
+    if block * BLOCK_N < length:
         key += row * key_row + head * key_head
         query += row * query_row + head * GROUPS * query_head
         lse += pair.to(tl.int64) * GROUPS * count
@@ -370,7 +373,7 @@ def observe_spectrum(
     query, key, shape, options = _watched(query, key, ahead, softcap, ema.shape[2])
     with _on(key.device):
         _spectrum[shape](
-            query, key, lse, lengths.contiguous(), _table(key.device, ema.dtype), ema, previous,
+            query, key, lse.contiguous(), lengths.contiguous(), _table(key.device, ema.dtype), ema, previous,
             *query.stride()[:3], *key.stride()[:3], *ema.stride()[:2], *previous.stride()[:2],
             key.shape[1], query.shape[2], ema.shape[2], ahead or 0, scale, decay, state_scale, **options,
         )  # fmt: skip
@@ -396,7 +399,7 @@ def column_sums(
     out = key.new_empty(key.shape[:3], dtype=torch.float32)
     with _on(key.device):
         _sums[shape](
-            query, key, lse, lengths.contiguous(), out, *query.stride()[:3], *key.stride()[:3],
+            query, key, lse.contiguous(), lengths.contiguous(), out, *query.stride()[:3], *key.stride()[:3],
             key.shape[1], begin, query.shape[2], key.shape[2], ahead or 0, scale, **options,
         )  # fmt: skip
     return out
@@ -410,25 +413,32 @@ def _watched(
     groups = query.shape[1] // key.shape[1]
     wide = _padded(key.shape[3])
     full = key.dtype == torch.float32  # products in full precision are made in registers
-    # a block of keys stays in shared memory all the while; large blocks read the queries less often
+    # A block of keys stays in shared memory all the while, beside two steps' queries; the larger it is, the less often
+    # these are read. The heads of a step are a power of two that divides the group: at most 64 columns a product.
     block = 32 if full else 128 if wide <= 128 else 64
+    stack = 1 if full else min(groups & -groups, 4)
+    shared = _shared_memory(key.device) - 8 * 2**10
+    while stack > 1 and key.element_size() * wide * (block + 2 * HOP * stack) > shared:
+        stack //= 2
     pairs = key.shape[0] * key.shape[1]
-    while block > 32 and pairs * triton.cdiv(tokens, block) < _multiprocessors(key.device):
+    while block > 32 and (
+        pairs * triton.cdiv(tokens, block) < _multiprocessors(key.device)
+        or key.element_size() * wide * (block + 2 * HOP * stack) > shared
+    ):
         block //= 2
     options = {
         "D": key.shape[3],
         "BLOCK_D": wide,
         "BLOCK_N": block,
         "GROUPS": groups,
-        # a power of two that divides the group: at most 64 columns a product
-        "STACK": 1 if full else min(groups & -groups, 4),
+        "STACK": stack,
         "CAUSAL": ahead is not None,
         "SOFTCAP": softcap or 0.0,
         # two blocks of four warps on a multiprocessor hide each other's waiting; more heads need more registers
         "num_warps": 8 if block == 128 and groups > 4 else 4,
         "num_stages": 2,
     }
-    return query, key, (triton.cdiv(tokens, block), pairs), options | _numbers(key.dtype)
+    return query, key, (pairs, triton.cdiv(tokens, block)), options | _numbers(key.dtype)
 
 
 def _forward_blocks(dtype: torch.dtype, wide: int, value_wide: int, count: int, shared: int) -> dict[str, int]:
