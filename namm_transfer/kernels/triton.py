@@ -410,35 +410,40 @@ def _watched(
 ) -> tuple[Tensor, Tensor, tuple[int, int], dict[str, Any]]:
     """Query, key, grid and options of a kernel that observes."""
     query, key = _rows(query), _rows(key)
-    groups = query.shape[1] // key.shape[1]
-    wide = _padded(key.shape[3])
-    full = key.dtype == torch.float32  # products in full precision are made in registers
-    # A block of keys stays in shared memory all the while, beside two steps' queries; the larger it is, the less often
-    # these are read. The heads of a step are a power of two that divides the group: at most 64 columns a product.
-    block = 32 if full else 128 if wide <= 128 else 64
-    stack = 1 if full else min(groups & -groups, 4)
-    shared = _shared_memory(key.device) - 8 * 2**10
-    while stack > 1 and key.element_size() * wide * (block + 2 * HOP * stack) > shared:
-        stack //= 2
-    pairs = key.shape[0] * key.shape[1]
-    while block > 32 and (
-        pairs * triton.cdiv(tokens, block) < _multiprocessors(key.device)
-        or key.element_size() * wide * (block + 2 * HOP * stack) > shared
-    ):
-        block //= 2
-    options = {
+    groups, wide, pairs = query.shape[1] // key.shape[1], _padded(key.shape[3]), key.shape[0] * key.shape[1]
+    blocks = _observe_blocks(key.dtype, wide, groups, _shared_memory(key.device))
+    while blocks["BLOCK_N"] > 32 and pairs * triton.cdiv(tokens, blocks["BLOCK_N"]) < _multiprocessors(key.device):
+        blocks["BLOCK_N"] //= 2
+    fixed = {
         "D": key.shape[3],
         "BLOCK_D": wide,
-        "BLOCK_N": block,
         "GROUPS": groups,
-        "STACK": stack,
         "CAUSAL": ahead is not None,
         "SOFTCAP": softcap or 0.0,
-        # two blocks of four warps on a multiprocessor hide each other's waiting; more heads need more registers
-        "num_warps": 8 if block == 128 and groups > 4 else 4,
-        "num_stages": 2,
     }
-    return query, key, (pairs, triton.cdiv(tokens, block)), options | _numbers(key.dtype)
+    return query, key, (pairs, triton.cdiv(tokens, blocks["BLOCK_N"])), fixed | blocks | _numbers(key.dtype)
+
+
+def _observe_blocks(dtype: torch.dtype, wide: int, groups: int, shared: int) -> dict[str, int]:
+    """Sizes of a kernel that observes.
+
+    A block of keys stays in shared memory all the while; the larger it is, the less often the queries are read. The
+    heads of a step are a power of two that divides the group: at most 64 columns a product.
+    """
+    if dtype == torch.float32:  # products in full precision are made in registers
+        size, block, stack = 4, 32, 1
+    else:
+        size, block, stack = 2, 128 if wide <= 128 else 64, min(groups & -groups, 4)
+
+    def needed(stages: int) -> int:  # when pipelined, the queries of all steps of two hops lie side by side
+        queries = HOP * stack if stages == 1 else stages * HOP * groups
+        return size * wide * (block + queries) + 8 * 2**10
+
+    stages = 2 if needed(2) <= shared else 1
+    while needed(stages) > shared and block > 16:
+        block //= 2
+    # two blocks of four warps on a multiprocessor hide each other's waiting; more heads need more registers
+    return {"BLOCK_N": block, "STACK": stack, "num_warps": 8 if groups > 4 and block >= 64 else 4, "num_stages": stages}
 
 
 def _forward_blocks(dtype: torch.dtype, wide: int, value_wide: int, count: int, shared: int) -> dict[str, int]:
