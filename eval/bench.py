@@ -146,12 +146,12 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     population = [r for r in rows if r["kind"] == "population"]
     if population:
         length = population[0]["length"]
-        seconds = {c: of("population", c, length, "prefill") for c in (PLAIN, "one", "population")}
+        taken = {c: of("population", c, length, "prefill") for c in (PLAIN, "one", "population")}
         summary["population"] = {
             "length": length,
-            "seconds": seconds,
-            "population_over_one": seconds["population"] / seconds["one"],
-            "one_over_plain": seconds["one"] / seconds[PLAIN],
+            "seconds": taken,
+            "population_over_one": taken["population"] / taken["one"],
+            "one_over_plain": taken["one"] / taken[PLAIN],
         }
     return summary
 

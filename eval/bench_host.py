@@ -26,7 +26,7 @@ from namm_transfer.policies import NAMMPolicy, Policy, policy
 
 __all__ = ["BenchHost", "LargestTensor", "peak"]
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -109,7 +109,7 @@ class BenchHost:
             return middle - start, (time.perf_counter() - middle) / max(decode, 1)
 
         if chosen is None:
-            plain = DynamicCache()
+            plain: Any = DynamicCache()
             prefill, step = steps(plain)
             size = sum(x.keys.nbytes + x.values.nbytes for x in plain.layers)
             return {"prefill": prefill, "decode": step, "kept": 1.0, "bytes": size}

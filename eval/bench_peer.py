@@ -120,7 +120,7 @@ def serve(settings: Mapping[str, Any]) -> None:
         # this press reads the attention weights, which only the eager implementation returns
         model.set_attn_implementation("eager" if column == "ObservedAttention" else "sdpa")
         prompt = torch.randint(0, 49152, (1, length), generator=generator)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
 
         def prefill() -> torch.Tensor:
             chosen: torch.Tensor = model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)

@@ -22,7 +22,7 @@ from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
 from namm_transfer.scoring import LayerView, Policy
 from namm_transfer.spectrogram import HOP
 from namm_transfer.store import Fields, Layout, TokenStore
-from namm_transfer.tiles import Context, Visible
+from namm_transfer.tiles import Context, Observed, Visible
 
 __all__ = ["LayerMemory", "check_interval", "watch"]
 
@@ -59,10 +59,9 @@ def watch(
     Returns:
         [R, H, n, V].
     """
-    width = view.tokens.width
     heads, count = query.shape[1:3]
-    context = Context(view.tokens, options, count, ahead)
-    observer = (lambda attn: policy.observe(view, attn[..., :width])) if policy.observes else None
+    context = Context(view.tokens, options, count, ahead=ahead, masked=isinstance(visible(0, 1), Tensor))
+    observer = partial(policy.observe, view) if policy.observes else None
     out = []
     for start, stop in context.tiles(heads, count, view.queries % HOP, policy.observes):
         out.append(context.attend(query[:, :, start:stop], visible(start, stop), observer))
@@ -252,12 +251,13 @@ class LayerMemory(CacheLayerMixin):
         tokens = self.tokens
         moving = [(a, b) for a, b in _runs(list(zip(self.seen, steps, strict=True))) if steps[a]]
 
-        def observe(attn: Tensor) -> None:
+        def observe(attn: Observed) -> None:
+            (probabilities,) = attn  # of one query
             for first, last in moving:
                 seen = self.seen[first]
                 part = tokens.rows(first, last, aligned=True)
                 view = LayerView(part, self.index, (first, last), seen + 1, seen, self.update_interval)
-                policy.observe(view, attn[first:last])
+                policy.observe(view, Observed(probabilities[first:last]))
 
         visible = RunMask(mask, 0, len(steps), key.device).visible_newest(tokens, now)
         context = Context(tokens, options, 1)

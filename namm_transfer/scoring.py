@@ -16,6 +16,7 @@ from torch import Tensor
 
 from namm_transfer.errors import BudgetError, ConfigError
 from namm_transfer.store import Fields, TokenStore
+from namm_transfer.tiles import Observed
 
 __all__ = ["Fields", "LayerView", "Policy", "check_budget", "check_count", "recent"]
 
@@ -114,10 +115,12 @@ class Policy(ABC):
     def check_rows(self, rows: int, chosen: list[int] | None = None) -> None:  # noqa: B027 (optional)
         """Raise ConfigError if the policy cannot serve a batch of ``rows`` rows, or one remade of the ``chosen``."""
 
-    def observe(self, view: LayerView, attn: Tensor) -> None:  # noqa: B027 (optional: not every policy looks)
-        """Take note of a tile of attention, [R, K, t, N]: float32, averaged over the query heads of a KV head.
+    def observe(self, view: LayerView, attn: Observed) -> None:  # noqa: B027 (optional: not every policy looks)
+        """Take note of a tile of attention, float32, averaged over the query heads of a KV head.
 
-        A tile never crosses the end of a hop of 16 queries, unless it begins and ends with one.
+        A tile never crosses the end of a hop of 16 queries, unless it begins and ends with one. Its probabilities
+        [R, K, t, N] come in parts (``for part in attn``), all at once only if there are at most 16 queries; what
+        :class:`Observed` folds, a backend may fold without them.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from namm_transfer import kernels
 
-__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis", "loaded", "stored"]
+__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis", "loaded", "state_scale", "stored"]
 
 HOP = 16
 """Queries between two frames."""
@@ -48,15 +48,16 @@ def basis(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention or spectra as the state of a memory holds them: in float16 they are scaled into its range."""
-    return (x * _scale(dtype)).to(dtype)
+    return (x * state_scale(dtype)).to(dtype)
 
 
 def loaded(x: Tensor) -> Tensor:
     """The float32 values of what :func:`stored` made."""
-    return x.float() / _scale(x.dtype)
+    return x.float() / state_scale(x.dtype)
 
 
-def _scale(dtype: torch.dtype) -> float:
+def state_scale(dtype: torch.dtype) -> float:
+    """What values are multiplied with in a memory's state of this type."""
     # a magnitude is at most 16, and 64 Ki is where float16 ends; below, 6e-8 still has all of its 11 bits
     return 1024.0 if dtype == torch.float16 else 1.0
 
@@ -71,7 +72,7 @@ def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> None:
     """
     kernel = kernels.cpu() if rows.device.type == "cpu" else None
     if kernel is not None:
-        kernel.advance_(ema, previous, rows.contiguous(), DECAY, _scale(ema.dtype))
+        kernel.advance_(ema, previous, rows.contiguous(), DECAY, state_scale(ema.dtype))
         return
     columns = torch.cat([loaded(previous), rows.transpose(-1, -2)], dim=-1)  # [R, K, N, HOP + S]
     # a frame is two neighbouring hops, so each hop is transformed once, as a first and as a second half

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from namm_transfer import kernels
-from namm_transfer.spectrogram import BINS, HOP, advance, loaded
+from namm_transfer.spectrogram import BINS, HOP, loaded
 from namm_transfer.store import TokenStore
 from namm_transfer.tiles import AttentionOptions, Context
 
@@ -87,7 +87,7 @@ def test_attention_of_a_tile(data: st.DataObject) -> None:
     context = Context(store, options, count)
     assert context._kernel is not None
     seen: list[torch.Tensor] = []
-    out = context.attend(query, visible, seen.append)
+    out = context.attend(query, visible, lambda attn: seen.extend(attn))
     want_out, want_attn = oracle(query, key, value, lengths, visible, options)
     torch.testing.assert_close(out.double(), want_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(seen[0].double(), want_attn, atol=TOLERANCE[dtype] / 4, rtol=TOLERANCE[dtype])
@@ -109,7 +109,7 @@ def test_features_are_within_a_hundredth(dtype: torch.dtype) -> None:
     context = Context(TokenStore.from_padded({"keys": key, "values": value}, lengths), options, hops * HOP)
     for start, stop in ((0, 16), (16, 128), (128, 512)):
         visible = hops * HOP - 1 - start
-        context.attend(query[:, :, start:stop], visible, lambda attn: advance(ema, previous, attn))
+        context.attend(query[:, :, start:stop], visible, lambda attn: attn.advance(ema, previous))
     _, attn = oracle(query, key, value, lengths, hops * HOP - 1, options)
     want, window = torch.zeros(1, 2, tokens, BINS, dtype=torch.float64), torch.hann_window(32, dtype=torch.float64)
     padded = torch.cat([torch.zeros(1, 2, HOP, tokens, dtype=torch.float64), attn], dim=2)

@@ -1,6 +1,6 @@
-"""Compiled code, built when first needed. Everything works without it, several times slower.
+"""Compiled code, built when first needed: C++ on a CPU, Triton on a GPU. Everything works without it, slower.
 
-``NAMM_TRANSFER_KERNELS=off`` in the environment does without; ``CXX`` names the compiler.
+``NAMM_TRANSFER_KERNELS=off`` in the environment does without; ``CXX`` names the compiler of the C++ code.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["cpu"]
+__all__ = ["cpu", "gpu"]
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffast-math", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
@@ -29,7 +30,7 @@ _log = logging.getLogger("namm_transfer")
 @cache
 def cpu() -> Any | None:
     """The operators of ``cpu.cpp`` (their signatures are at its end), or None where they cannot be built."""
-    if os.environ.get("NAMM_TRANSFER_KERNELS", "").lower() in ("off", "0"):
+    if _off():
         return None
     try:
         torch.ops.load_library(str(_built()))
@@ -42,6 +43,29 @@ def cpu() -> Any | None:
         )
         return None
     return torch.ops.namm_transfer
+
+
+@cache
+def gpu() -> ModuleType | None:
+    """The module ``kernels.triton``, or None where Triton cannot run."""
+    if _off():
+        return None
+    try:
+        from namm_transfer.kernels import triton
+
+        triton.ready()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            "namm-transfer observes attention on the GPU without its Triton kernels, several times slower; they need "
+            f"triton and a C compiler. What went wrong: {type(error).__name__}: {str(error).strip()[:500]}",
+            stacklevel=2,
+        )
+        return None
+    return triton
+
+
+def _off() -> bool:
+    return os.environ.get("NAMM_TRANSFER_KERNELS", "").lower() in ("off", "0")
 
 
 def _built() -> Path:

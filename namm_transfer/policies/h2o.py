@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from namm_transfer.scoring import Fields, LayerView, Policy, recent
+from namm_transfer.tiles import Observed
 
 __all__ = ["H2O"]
 
@@ -23,8 +24,8 @@ class H2O(Policy):
     def fields(self, dtype: torch.dtype) -> Fields:
         return {"accumulated": ((), torch.float32)}
 
-    def observe(self, view: LayerView, attn: Tensor) -> None:
-        view.tokens["accumulated"].add_(attn.sum(2))
+    def observe(self, view: LayerView, attn: Observed) -> None:
+        view.tokens["accumulated"].add_(attn.sums())
 
     def scores(self, view: LayerView) -> Tensor:
         return recent(view, view.tokens["accumulated"], self.allowance(view) // 2)

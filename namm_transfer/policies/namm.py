@@ -17,6 +17,7 @@ from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 from namm_transfer.scoring import Fields, LayerView, Policy, recent
 from namm_transfer.spectrogram import BINS, HOP, advance, loaded, stored
+from namm_transfer.tiles import Observed
 
 __all__ = ["FeatureStatistics", "NAMMPolicy"]
 
@@ -103,13 +104,14 @@ class NAMMPolicy(Policy):
         if chosen is not None and chosen != list(range(rows)):
             raise ConfigError(f"the rows of a population cannot be repeated or reordered; got rows {chosen} of {rows}")
 
-    def observe(self, view: LayerView, attn: Tensor) -> None:
-        tokens, count, phase = view.tokens, attn.shape[2], view.queries % HOP
+    def observe(self, view: LayerView, attn: Observed) -> None:
+        tokens, count, phase = view.tokens, attn.count, view.queries % HOP
         if phase == 0 and count % HOP == 0:
-            advance(tokens["ema"], tokens["previous"], attn)
+            attn.advance(tokens["ema"], tokens["previous"])
             return
         waiting = tokens["waiting"]
-        waiting[..., phase : phase + count] = stored(attn, waiting.dtype).transpose(-1, -2)
+        (rows,) = attn  # of an unfinished hop
+        waiting[..., phase : phase + count] = stored(rows, waiting.dtype).transpose(-1, -2)
         if phase + count == HOP:
             advance(tokens["ema"], tokens["previous"], loaded(waiting).transpose(-1, -2))
             waiting.zero_()

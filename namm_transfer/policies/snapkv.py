@@ -11,6 +11,7 @@ from torch import Tensor
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.scoring import Fields, LayerView, Policy, check_count, recent
+from namm_transfer.tiles import Observed
 
 __all__ = ["SnapKV"]
 
@@ -39,13 +40,15 @@ class SnapKV(Policy):
     def fields(self, dtype: torch.dtype) -> Fields:
         return {"windowed": ((), torch.float32)}
 
-    def observe(self, view: LayerView, attn: Tensor) -> None:
+    def observe(self, view: LayerView, attn: Observed) -> None:
         # a tile lies within one interval
         phase = view.queries % view.interval
         if phase == 0:  # what the last interval left is out of date
             view.tokens["windowed"].zero_()
         first = view.interval - min(self.window, view.interval)
-        view.tokens["windowed"].add_(attn[:, :, max(first - phase, 0) :].sum(2))
+        start = max(first - phase, 0)
+        if start < attn.count:
+            view.tokens["windowed"].add_(attn.sums(start))
 
     def scores(self, view: LayerView) -> Tensor:
         window = min(self.window, view.interval)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from namm_transfer.scoring import Fields, LayerView, Policy
+from namm_transfer.tiles import Observed
 
 __all__ = ["TOVA"]
 
@@ -26,8 +27,8 @@ class TOVA(Policy):
     def fields(self, dtype: torch.dtype) -> Fields:
         return {"last": ((), torch.float32)}
 
-    def observe(self, view: LayerView, attn: Tensor) -> None:
-        view.tokens["last"].copy_(attn[:, :, -1])
+    def observe(self, view: LayerView, attn: Observed) -> None:
+        view.tokens["last"].copy_(attn.sums(attn.count - 1))
 
     def scores(self, view: LayerView) -> Tensor:
         last = view.tokens["last"]
