@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,6 +133,8 @@ def peak(config: dict[str, Any], column: str, length: int) -> dict[str, Any]:
         growth: bytes, of the process's resident memory (of the device's allocated memory on a GPU) over what it was
         before; largest: the shape of the largest tensor that an operation returned.
     """
+    # glibc keeps much of what is freed, by chance; larger blocks are to go back at once, so that what lives is measured
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (config, column, length))
 
