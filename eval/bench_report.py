@@ -89,8 +89,9 @@ def _picture(path: Path, summary: Mapping[str, Any]) -> None:
             style = "--" if column.startswith("kvpress") else "-"
             axis.plot(lengths, [cells[n][f"{what}_ratio"] for n in lengths], style, marker="o", label=column)
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{what}: times the unmodified model")
-        axis.set_xticks(lengths, labels=[str(n) for n in lengths], minor=False)
+        axis.set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel=f"{what}: times the unmodified model")
+        axis.minorticks_off()
+        axis.set_xticks(lengths, labels=[str(n) for n in lengths])
     axes[1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=110)
     plt.close(figure)
