@@ -103,7 +103,7 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     columns = list(dict.fromkeys(r["column"] for r in timed))
     summary: dict[str, Any] = {"time": {}, "exponent": {}, "peak": {}, "population": {}}
     for column in columns:
-        plain = f"{PEER}/{PLAIN}" if column.startswith(f"{PEER}/") else PLAIN
+        plain = _reference(column)
         cells = {}
         for length in lengths:
             values = {v: of("time", column, length, v) for v in ("prefill", "decode", "kept", "bytes")}
@@ -134,8 +134,7 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             summary["exponent"][column] = float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
     for row in rows:
         if row["kind"] == "peak":
-            reference = f"{PEER}/{PLAIN}" if row["column"].startswith(f"{PEER}/") else PLAIN
-            plain_growth = of("peak", reference, row["length"], "growth")
+            plain_growth = of("peak", _reference(row["column"]), row["length"], "growth")
             summary["peak"][row["column"]] = {
                 "length": row["length"],
                 "growth_bytes": row["growth"],
@@ -154,6 +153,11 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "one_over_plain": taken["one"] / taken[PLAIN],
         }
     return summary
+
+
+def _reference(column: str) -> str:
+    """The unmodified model's column that a column is compared with."""
+    return f"{PEER}/{PLAIN}" if column.startswith(f"{PEER}/") else PLAIN
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int, int, str]:
