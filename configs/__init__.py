@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from namm_transfer.errors import ConfigError
 
-__all__ = ["compose", "flatten", "given", "nearest"]
+__all__ = ["compose", "composed", "flatten", "given", "nearest"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -43,6 +43,12 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, overrides, error)) from error
     return config
+
+
+def composed(command: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration that :func:`compose` makes, as plain values."""
+    loaded: Any = OmegaConf.to_container(compose(command, overrides), resolve=True)
+    return {str(key): value for key, value in loaded.items()}
 
 
 def given(config: Mapping[str, Any], group: str, overrides: Sequence[str]) -> dict[str, Any]:

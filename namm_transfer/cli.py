@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from omegaconf import OmegaConf
 from rich.console import Console
 from typer.core import TyperGroup
 
-from namm_transfer.configs import compose, given, nearest
+from namm_transfer.configs import composed, given, nearest
 from namm_transfer.configs.settings import from_overrides
 from namm_transfer.errors import ConfigError, NammTransferError
 
@@ -78,7 +77,7 @@ def evolve(overrides: Overrides = None, resume: Resume = None) -> None:
     from namm_transfer.evolution.run import evolve as run
     from namm_transfer.evolution.run import stored_settings
 
-    settings = _settings("evolve", overrides)
+    settings = composed("evolve", overrides or [])
     if resume:  # what the folder was begun with, and on top of it what is given now
         settings["evolution"] = stored_settings(resume) | given(settings, "evolution", overrides or [])
     run(settings, resume=resume, console=_console())
@@ -108,7 +107,7 @@ def inspect(overrides: Overrides = None) -> None:
     from namm_transfer.eval.inspect import inspect as run
     from namm_transfer.eval.transfer import results_folder
 
-    config = _settings("inspect", overrides)
+    config = composed("inspect", overrides or [])
     run(config, results_folder(config["out"], "inspect"), _console())
 
 
@@ -118,7 +117,7 @@ def bench(overrides: Overrides = None, resume: Resume = None) -> None:
     from namm_transfer.eval.bench import bench as run
     from namm_transfer.eval.transfer import results_folder
 
-    config = _settings("bench", overrides)
+    config = composed("bench", overrides or [])
     run(config, resume or results_folder(config["out"], "bench"), _console())
 
 
@@ -148,7 +147,7 @@ def remember(
     """Watch a video of any length in bounded memory, and ask: `remember a.mp4 --question "What came first?"`."""
     from namm_transfer.eval.remember import remember as run
 
-    run(_settings("remember", overrides), video, question or [], _console(), save=save, resume=resume)
+    run(composed("remember", overrides or []), video, question or [], _console(), save=save, resume=resume)
 
 
 @app.command()
@@ -203,13 +202,8 @@ def _evaluate(command: str, overrides: list[str] | None, resume: Path | None) ->
     if stored is not None and not overrides:  # the folder knows its configuration
         config = stored
     else:
-        config = _settings(command, overrides)
+        config = composed(command, overrides or [])
     run(config, resume or results_folder(config["out"], command), _console(), command)
-
-
-def _settings(command: str, overrides: list[str] | None) -> dict[str, Any]:
-    loaded = OmegaConf.to_container(compose(command, overrides or []), resolve=True)
-    return {str(key): value for key, value in dict(loaded).items()}  # type: ignore[arg-type]
 
 
 def _console() -> Console:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from namm_transfer.errors import CacheError, ConfigError
+from namm_transfer.files import replacing
 from namm_transfer.layer import LayerMemory, check_interval
 from namm_transfer.scoring import Policy
 from namm_transfer.stats import MemoryStats, measure
@@ -176,12 +176,10 @@ class MemoryCache(Cache):
         }
         metadata = {**(about or {}), "memory": json.dumps(state)}
         # whole or not at all; besides, the tensors of a loaded memory may be mapped from the very file
-        partial_file = Path(path).with_name(Path(path).name + ".partial")
         try:
-            save_file(tensors, partial_file, metadata=metadata)
-            os.replace(partial_file, path)
+            with replacing(Path(path)) as partial:
+                save_file(tensors, partial, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            partial_file.unlink(missing_ok=True)
             raise CacheError(f"cannot write a memory to {str(path)!r}: {type(error).__name__}: {error}") from error
 
     @classmethod

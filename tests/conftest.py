@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which transformers does
 
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, MemoryCache
 from namm_transfer.network import NUM_PARAMETERS
@@ -53,6 +54,22 @@ def tiny_llama(
 def llama() -> Callable[..., LlamaForCausalLM]:
     """Makes (once for the same settings) a tiny random Llama."""
     return tiny_llama
+
+
+def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token per byte, 256 in all, as many as the tiny hosts have; ``special`` tokens are some of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a tokenizer of bytes."""
+    return byte_tokenizer
 
 
 def random_namm(seed: int = 2, *, bias: float = 0.0) -> NAMM:

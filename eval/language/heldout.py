@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from namm_transfer.configs import compose
+from namm_transfer.configs import composed
 from namm_transfer.eval.language.compare import as_json, compare, markdown
 from namm_transfer.eval.results import Row
 from namm_transfer.eval.runner import Run
@@ -52,8 +51,7 @@ def heldout(
         overrides: of the command `eval`, such as `task.repeats=2`.
         console: shows the progress and the table.
     """
-    config = OmegaConf.to_container(compose("eval", ["task=language/essays", *overrides]), resolve=True)
-    settings: Mapping[str, Any] = dict(config)  # type: ignore[arg-type]
+    settings = composed("eval", ["task=language/essays", *overrides])
     rows = _run(settings, columns_of_rules(budgets), out / "rules", console)
     if namm is None:
         return rows

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from namm_transfer import network
-from namm_transfer.configs import compose
+from namm_transfer.configs import composed
 from namm_transfer.eval.language.samples import LanguageSamples
 from namm_transfer.eval.runner import build_task
 from namm_transfer.eval.task import Unit
@@ -192,7 +191,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """What a NAMM learned, on held-out essays."""
-    config: Any = OmegaConf.to_container(compose("eval", ["task=language/essays", *(overrides or [])]), resolve=True)
+    config = composed("eval", ["task=language/essays", *(overrides or [])])
     task = build_task(config["task"])
     if not isinstance(task, LanguageSamples):
         raise typer.BadParameter(f"{task.name} is no language task")

@@ -16,11 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-from namm_transfer.configs import compose
+from namm_transfer.configs import composed
 from namm_transfer.eval.provenance import record
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.population import read_population, read_sample
@@ -80,8 +79,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Samples per second of a population as rows of a batch, beside member by member."""
-    settings: Any = OmegaConf.to_container(compose("evolve", overrides or []), resolve=True)
-    config, console = EvolutionConfig.from_mapping(settings["evolution"]), Console()
+    config, console = EvolutionConfig.from_mapping(composed("evolve", overrides or [])["evolution"]), Console()
     found = throughput(config, samples, threads, console)
     out.mkdir(parents=True, exist_ok=True)
     record(out / "throughput_provenance.json", {}, config.seed)

@@ -14,7 +14,7 @@ from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.readers import Outcome
 
-__all__ = ["agreement", "mean_kept", "samples_due", "standardised", "utilities"]
+__all__ = ["agreement", "kept_by_threshold", "mean_kept", "samples_due", "standardised", "utilities"]
 
 _SMALLEST_SPREAD = 0.005
 """Nats; about what bfloat16 alone changes between two layouts of the same computation."""
@@ -85,6 +85,11 @@ def samples_due(config: EvolutionConfig, agreements: Sequence[float]) -> int:
         if mean < config.agreement:
             count = min(count * _GROWTH, config.samples_max)
     return int(count)
+
+
+def kept_by_threshold(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """What candidates kept where it was for them to say, [P]; over all samples if none is read by threshold."""
+    return mean_kept([outcome for outcome in outcomes if outcome.budget is None] or outcomes)
 
 
 def mean_kept(outcomes: Sequence[Outcome]) -> np.ndarray:

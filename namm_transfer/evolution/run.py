@@ -20,11 +20,11 @@ from namm_transfer.errors import DataError
 from namm_transfer.evolution.calibration import calibrate, with_vector
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.curves import draw_curves
-from namm_transfer.evolution.fitness import agreement, mean_kept, samples_due, standardised, utilities
+from namm_transfer.evolution.fitness import agreement, kept_by_threshold, samples_due, standardised, utilities
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
 from namm_transfer.evolution.readers import Job, LocalReaders, Outcome, Readers
-from namm_transfer.files import read_yaml, replacing, write_atomically
+from namm_transfer.files import read_yaml, write_atomically
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 from namm_transfer.policies import FeatureStatistics
 
@@ -87,7 +87,7 @@ def run_evolution(
 
     Args:
         config: settings; those that matter must be the ones that the folder was begun with.
-        folder: for `config.yaml`, `journal.jsonl`, the validated centres of the search and the result.
+        folder: for `config.yaml`, `journal.jsonl`, curves and the result.
         console: shows the progress.
         executor: where samples are read: `device`, for processes of this machine; or `name: ray` and what `RayReaders`
             takes. It does not change the values.
@@ -111,11 +111,10 @@ def run_evolution(
             jobs = [Job("train", (_SEARCH, i), i, kinds) for i in range(first, first + count)]
             outcomes = readers.read(jobs, normaliser, candidates)
             worth = utilities(outcomes, config.price)
-            by_threshold = [outcome for outcome in outcomes if outcome.budget is None]
             return Evaluation(
                 fitness=standardised(worth),
                 difference=utilities(outcomes, price=0.0).mean(0),
-                kept=mean_kept(by_threshold or outcomes),
+                kept=kept_by_threshold(outcomes),
                 detail={
                     "samples": count,
                     "agreement": agreement(worth),
@@ -129,15 +128,16 @@ def run_evolution(
             kinds = len(config.kinds)
             jobs = [Job("validation", (_VALIDATION, i), i, kinds) for i in range(config.validation_samples)]
             outcomes = readers.read(jobs, normaliser, centres)
-            return [_validation(outcomes, config.price, row) for row in range(len(centres))]
+            worth, kept = utilities(outcomes, config.price).mean(0), kept_by_threshold(outcomes)
+            return [
+                _validation(outcomes, row) | {"utility": float(worth[row]), "kept": float(kept[row])} for row in (0, 1)
+            ]
 
-        def keep(generation: int, centres: np.ndarray) -> None:
-            _write_centres(folder, generation, centres)
-
-        run_search(search, evaluate, validate, keep, journal, config, console)
+        centres: dict[int, np.ndarray] = {}
+        run_search(search, evaluate, validate, centres.__setitem__, journal, config, console)
         draw_curves(journal, folder)
         generation, centre = choose(journal)
-        namm = with_vector(normaliser, np.load(_centres_path(folder, generation))[centre])
+        namm = with_vector(normaliser, centres[generation][centre])
         kept = None
         if config.kept_fraction is not None:
             namm.save_pretrained(folder / "uncalibrated")
@@ -217,21 +217,18 @@ def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> 
     )
 
 
-def _validation(outcomes: Sequence[Outcome], price: float, row: int) -> dict[str, Any]:
-    worth = utilities(outcomes, price)[:, row]
+def _validation(outcomes: Sequence[Outcome], row: int) -> dict[str, Any]:
+    """What one centre lost, in all and by sort of sample."""
     by_kind: dict[str, list[float]] = {}
     by_budget: dict[str, list[float]] = {}
     for outcome in outcomes:
         difference = float(outcome.difference[row])
         by_kind.setdefault(outcome.kind, []).append(difference)
         by_budget.setdefault("threshold" if outcome.budget is None else str(outcome.budget), []).append(difference)
-    by_threshold = [outcome for outcome in outcomes if outcome.budget is None]
     return {
-        "utility": float(worth.mean()),
         "difference": float(np.mean([outcome.difference[row] for outcome in outcomes])),
         "by_kind": {kind: float(np.mean(found)) for kind, found in sorted(by_kind.items())},
         "by_budget": {budget: float(np.mean(found)) for budget, found in sorted(by_budget.items())},
-        "kept": float(mean_kept(by_threshold or outcomes)[row]),
     }
 
 
@@ -240,14 +237,3 @@ def _kinds_at(config: EvolutionConfig, generation: int) -> int:
     if config.stage_generations is None:
         return len(config.kinds)
     return min(1 + generation // config.stage_generations, len(config.kinds))
-
-
-def _centres_path(folder: Path, generation: int) -> Path:
-    return folder / "centres" / f"{generation:04d}.npy"
-
-
-def _write_centres(folder: Path, generation: int, centres: np.ndarray) -> None:
-    path = _centres_path(folder, generation)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        np.save(partial, centres)

