@@ -120,8 +120,8 @@ def scores(
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[R, K, N, 32] three times -> [R, K, N, 32], scaled by 1 / sqrt(32), without an N x N matrix."""
-    kernel = kernels.cpu() if query.device.type == "cpu" else None
-    if kernel is None:
+    kernel = kernels.cpu() if query.device.type == "cpu" and not query.requires_grad else None
+    if kernel is None:  # or it has no gradient
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     rows, heads, count, _ = key.shape
     lengths = torch.full((rows, heads), count)

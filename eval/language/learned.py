@@ -25,6 +25,7 @@ from torch import Tensor
 
 from namm_transfer import network
 from namm_transfer.configs import composed
+from namm_transfer.errors import DataError
 from namm_transfer.eval.language.samples import LanguageSamples
 from namm_transfer.eval.runner import build_task
 from namm_transfer.eval.task import Unit
@@ -159,7 +160,8 @@ def learn(task: LanguageSamples, namm: NAMM, units: Sequence[Unit], seed: int, c
             sort = sort_of(text, position, number in tokenizer.all_special_ids)
             learned.by_sort[sort] += torch.tensor([float(times[position]), heads])
     if learned is None:
-        raise ValueError("no sample is as long as one update interval")
+        shortest = task.model["update_interval"]
+        raise DataError(f"none of {len(units)} samples is as long as the update interval, {shortest} tokens")
     return learned
 
 

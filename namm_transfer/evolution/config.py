@@ -27,6 +27,10 @@ class EvolutionConfig:
         hosts: names, folders or Hub ids of language models, see `hosts.load_host`; drawn per sample.
         seed: of the search and of every sample.
         population: candidates per generation.
+        descent_steps: gradient steps before the search, which begins where they end (see `descent`); 0: it begins at
+            zero, as published.
+        descent_samples: samples of a step.
+        descent_rate: learning rate of the first steps; it falls to a twentieth along half a cosine.
         sigma: initial standard deviation of the candidates in every parameter.
         sigma_max: bound on it; None for none. Where noise rules, a search widens without end.
         diagonal: keep the search's covariance diagonal (pycma's `CMA_diagonal`).
@@ -58,6 +62,9 @@ class EvolutionConfig:
     hosts: tuple[str, ...] = ("smollm2-135m-instruct",)
     seed: int = 0
     population: int = 32
+    descent_steps: int = 0
+    descent_samples: int = 8
+    descent_rate: float = 0.01
     sigma: float = 0.065
     sigma_max: float | None = None
     diagonal: bool = False
@@ -87,7 +94,7 @@ class EvolutionConfig:
                 object.__setattr__(self, field.name, tuple(nested))
         for name in (
             *("population", "generations", "samples", "samples_max", "questions", "normaliser_samples"),
-            *("validate_every", "validation_samples", "workers", "rows_at_once"),
+            *("validate_every", "validation_samples", "workers", "rows_at_once", "descent_samples"),
         ):
             _require(_is_count(getattr(self, name)), name, "an integer >= 1", self)
         stage = self.stage_generations
@@ -98,7 +105,11 @@ class EvolutionConfig:
         _require(self.samples >= 2, "samples", "at least 2", self)
         _require(self.samples_max >= self.samples, "samples_max", f"at least samples, {self.samples}", self)
         _require(type(self.seed) is int and self.seed >= 0, "seed", "an integer >= 0", self)
-        _require(_is_number(self.sigma) and self.sigma > 0, "sigma", "a positive number", self)
+        steps = self.descent_steps
+        _require(type(steps) is int and steps >= 0, "descent_steps", "an integer >= 0", self)
+        for name in ("sigma", "descent_rate"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, name, "a positive number", self)
         for name in ("sigma_max", "minutes"):
             value = getattr(self, name)
             _require(value is None or (_is_number(value) and value > 0), name, "a positive number, or null", self)

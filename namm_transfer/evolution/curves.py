@@ -1,4 +1,4 @@
-"""How a search went: `progress.csv`, a line a generation, and `curves.png`."""
+"""How an evolution went: `progress.csv`, a line a generation, and `curves.png`; `descent.png` before that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _COLUMNS = ("generation", "samples", "best", "mean", "full", "kept", "agreement"
 
 
 def draw_curves(journal: Journal, folder: Path) -> None:
-    """Write both files anew from the journal; nothing while there is no generation."""
+    """Write the files anew from the journal; nothing of what has not begun."""
+    if steps := journal.of("descent"):
+        _plot_descent(steps, folder / "descent.png")
     rows = [_row(record) for record in journal.of("generation")]
     if not rows:
         return
@@ -35,6 +37,28 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "kept": round(float(np.mean(record["kept"])), 4),
     }
     return {name: found.get(name, record.get(name)) for name in _COLUMNS}
+
+
+def _plot_descent(steps: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss, kept = figure.subplots(2, sharex=True)
+    width = max(1, len(steps) // 15)
+    for budget in steps[0]["difference"]:
+        found = np.array([step["difference"][budget] for step in steps])
+        smooth = np.convolve(found, np.ones(width) / width, mode="valid")
+        (line,) = loss.plot(np.arange(len(smooth)) + width, smooth, label=budget)
+        loss.plot(np.arange(len(found)) + 1, found, lw=0.5, alpha=0.4, color=line.get_color())
+        kept.plot(np.arange(len(found)) + 1, [step["kept"][budget] for step in steps], lw=0.8)
+    loss.set_ylabel("nats a token against the full cache")
+    kept.set_ylabel("kept")
+    kept.set_xlabel(f"step (thick: means of {width})")
+    loss.legend(fontsize="small")
+    for axes in (loss, kept):
+        axes.grid(alpha=0.3)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def _plot(journal: Journal, rows: list[dict[str, Any]], path: Path) -> None:

@@ -23,7 +23,7 @@ from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.journal import Journal
 
-__all__ = ["Evaluation", "Search", "run_search"]
+__all__ = ["Evaluation", "Search", "progress_bar", "run_search"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Evaluation:
 
 
 class Search:
-    """CMA-ES that maximises, begun at zero; everything random in it comes from one generator of its own.
+    """CMA-ES that maximises; everything random in it comes from one generator of its own.
 
     Args:
-        dimensions: D.
+        start: [D] the first mean.
         config: `population`, `sigma`, `sigma_max`, `diagonal` and `seed` are read.
     """
 
-    def __init__(self, dimensions: int, config: EvolutionConfig) -> None:
+    def __init__(self, start: np.ndarray, config: EvolutionConfig) -> None:
         generator = np.random.default_rng([config.seed, 0])
         self._es = cma.CMAEvolutionStrategy(
-            np.zeros(dimensions),
+            start.astype(np.float64),
             config.sigma,
             {
                 "popsize": config.population,
@@ -140,7 +140,7 @@ def run_search(
         search.tell(np.array(record["fitness"]))
         keep_if_validated()
 
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("evolution", total=config.generations, completed=search.generation, status="")
 
         def out_of_time() -> bool:
@@ -175,7 +175,8 @@ def run_search(
             progress.update(task, completed=search.generation, status=status)
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None) -> Progress:
+    """A bar with steps done, a task's `status`, and the time passed and left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

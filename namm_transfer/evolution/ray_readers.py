@@ -14,6 +14,7 @@ import numpy as np
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.readers import Job, Outcome, Reader
+from namm_transfer.evolution.relaxed import RelaxedReading
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics
 
@@ -74,6 +75,9 @@ class RayReaders:
         tasks = [(job, part) for job in jobs for part in parts]
         found = list(self._pool.map(lambda worker, task: worker.read.remote(task[0], namm, task[1]), tasks))
         return [joined(found[i : i + len(parts)]) for i in range(0, len(found), len(parts))]
+
+    def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
+        return list(self._pool.map(lambda worker, job: worker.differentiate.remote(job, namm), jobs))
 
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         wide = vectors.astype(np.float32)

@@ -22,6 +22,7 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.page import Sample
 from namm_transfer.evolution.population import Condition, read_population, read_sample
+from namm_transfer.evolution.relaxed import RelaxedReading, read_relaxed
 from namm_transfer.evolution.tasks import SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
@@ -108,6 +109,12 @@ class Reader:
         difference = found.log_likelihood.cpu().numpy() - found.full
         return Outcome(sample.kind, condition.budget, difference, found.full, found.kept.cpu().numpy())
 
+    def differentiate(self, job: Job, namm: NAMM) -> RelaxedReading | None:
+        """The job's sample under the NAMM, by each of the config's budgets, with its gradient."""
+        sample, condition, host = self.draw(job)
+        budgets = tuple(dict.fromkeys(self.config.budgets))
+        return read_relaxed(host.model, sample, condition, namm, budgets, self.config.price)
+
     def measure(self, job: Job, vectors: np.ndarray) -> FeatureStatistics:
         """The raw features of one sample under random candidates, a part of what the search meets at its beginning."""
         sample, condition, host = self.draw(job)
@@ -136,6 +143,10 @@ class Readers(Protocol):
         """Read each job's sample under each of the vectors [P, 4172]."""
         ...
 
+    def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
+        """Read each job's sample under a NAMM by each of the budgets, with its gradient; None where it has none."""
+        ...
+
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         """Features of the tokens of each job's sample, under random candidates [P, 4172]."""
         ...
@@ -159,6 +170,10 @@ def _end_with_parent() -> None:
 
 def _read(job: Job, namm: NAMM, vectors: np.ndarray) -> Outcome:
     return _state["reader"].read(job, namm, vectors)
+
+
+def _differentiate(job: Job, namm: NAMM) -> RelaxedReading | None:
+    return _state["reader"].differentiate(job, namm)
 
 
 def _measure(job: Job, vectors: np.ndarray) -> FeatureStatistics:
@@ -198,6 +213,9 @@ class LocalReaders:
     def read(self, jobs: Sequence[Job], namm: NAMM, vectors: np.ndarray) -> list[Outcome]:
         count = len(jobs)
         return list(self._pool.map(_read, jobs, [namm] * count, [vectors.astype(np.float32)] * count))
+
+    def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
+        return list(self._pool.map(_differentiate, jobs, [namm] * len(jobs)))
 
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         return list(self._pool.map(_measure, jobs, [vectors.astype(np.float32)] * len(jobs)))

@@ -1,4 +1,4 @@
-"""A whole evolution: normaliser, search, choice of what is deployed, calibration of its threshold.
+"""A whole evolution: normaliser, descent, search, choice of what is deployed, calibration of its threshold.
 
 Shape legend: P candidates, S samples, D = 4172 parameters.
 """
@@ -20,6 +20,7 @@ from namm_transfer.errors import DataError
 from namm_transfer.evolution.calibration import calibrate, with_vector
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.curves import draw_curves
+from namm_transfer.evolution.descent import descend
 from namm_transfer.evolution.fitness import agreement, kept_by_threshold, samples_due, standardised, utilities
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
@@ -31,8 +32,11 @@ from namm_transfer.policies import FeatureStatistics
 __all__ = ["choose", "evolve", "run_evolution", "stored_settings"]
 
 CONFIG = "config.yaml"
+BEST = "best"
+"""Folder of the best NAMM validated so far, its threshold as evolved."""
 
-# First entries of the keys that samples are made from: what one purpose draws, no other draws (3: calibration).
+# First entries of the keys that samples are made from: what one purpose draws, no other draws (3: calibration,
+# 5: descent).
 _SEARCH, _VALIDATION, _NORMALISER = 1, 2, 4
 
 
@@ -87,7 +91,7 @@ def run_evolution(
 
     Args:
         config: settings; those that matter must be the ones that the folder was begun with.
-        folder: for `config.yaml`, `journal.jsonl`, curves and the result.
+        folder: for `config.yaml`, `journal.jsonl`, curves, the best NAMM so far (`best`) and the result (`namm`).
         console: shows the progress.
         executor: where samples are read: `device`, for processes of this machine; or `name: ray` and what `RayReaders`
             takes. It does not change the values.
@@ -101,7 +105,7 @@ def run_evolution(
     with _readers(config, executor or {}) as readers:
         journal = _begin(config, folder)
         normaliser = _normaliser(config, readers, journal)
-        search = Search(NUM_PARAMETERS, config)
+        search = Search(descend(config, readers, normaliser, folder, journal, console), config)
 
         def evaluate(generation: int, candidates: np.ndarray) -> Evaluation:
             done = journal.of("generation")
@@ -134,18 +138,24 @@ def run_evolution(
             ]
 
         centres: dict[int, np.ndarray] = {}
-        run_search(search, evaluate, validate, centres.__setitem__, journal, config, console)
+
+        def keep(generation: int, found: np.ndarray) -> None:
+            centres[generation] = found
+            best, centre = choose(journal)
+            if best in centres:  # while an interrupted search is told again, it may still lie ahead
+                with_vector(normaliser, centres[best][centre]).save_pretrained(folder / BEST)
+
+        run_search(search, evaluate, validate, keep, journal, config, console)
         draw_curves(journal, folder)
         generation, centre = choose(journal)
         namm = with_vector(normaliser, centres[generation][centre])
         kept = None
         if config.kept_fraction is not None:
-            namm.save_pretrained(folder / "uncalibrated")
             try:
                 namm, kept = calibrate(namm, config, config.kept_fraction, readers)
             except DataError as error:
                 raise DataError(
-                    f"{error}; the NAMM as evolved is in {folder / 'uncalibrated'}: by rank (with a budget) it is whole"
+                    f"{error}; the NAMM as evolved is in {folder / BEST}: by rank (with a budget) it is whole"
                 ) from error
         journal.append(
             "result",
@@ -201,7 +211,7 @@ def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> 
     if not journal.of("normaliser"):
         kinds = len(config.kinds)
         jobs = [Job("train", (_NORMALISER, i), i, kinds) for i in range(config.normaliser_samples)]
-        candidates = Search(NUM_PARAMETERS, config).ask()[:4]
+        candidates = Search(np.zeros(NUM_PARAMETERS), config).ask()[:4]
         measured = sum(readers.measure(jobs, candidates), FeatureStatistics())
         if not measured.count:
             raise DataError(

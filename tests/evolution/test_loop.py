@@ -39,7 +39,7 @@ def search_to_the_end(path: Path, config: EvolutionConfig = CONFIG, die_in: int 
     def validate(generation: int, centres: np.ndarray) -> list[dict[str, float]]:
         return [{"difference": -float(d)} for d in ((centres - TARGET) ** 2).sum(1)]
 
-    search = Search(DIMENSIONS, config)
+    search = Search(np.zeros(DIMENSIONS), config)
     kept: dict[int, np.ndarray] = {}
     run_search(search, evaluate, validate, kept.__setitem__, Journal(path, config.identity()), config)
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -75,7 +75,7 @@ def test_it_finds_the_target(tmp_path: Path) -> None:
 
 
 def test_the_average_is_over_the_newer_half() -> None:
-    search = Search(DIMENSIONS, CONFIG)
+    search = Search(np.zeros(DIMENSIONS), CONFIG)
     assert np.array_equal(search.average, np.zeros(DIMENSIONS))
     means = []
     for generation in range(5):
@@ -132,7 +132,8 @@ def test_time_runs_out(tmp_path: Path) -> None:
 
 
 def test_sigma_is_bounded() -> None:
-    free, bound = Search(DIMENSIONS, CONFIG), Search(DIMENSIONS, replace(CONFIG, sigma_max=CONFIG.sigma))
+    bounded = replace(CONFIG, sigma_max=CONFIG.sigma)
+    free, bound = (Search(np.zeros(DIMENSIONS), config) for config in (CONFIG, bounded))
     for _ in range(30):  # fitness along one direction: a search that widens
         for search in (free, bound):
             search.tell(search.ask() @ np.ones(DIMENSIONS))
@@ -141,7 +142,7 @@ def test_sigma_is_bounded() -> None:
 
 
 def test_a_fitness_that_is_not_finite_is_refused() -> None:
-    search = Search(DIMENSIONS, CONFIG)
+    search = Search(np.zeros(DIMENSIONS), CONFIG)
     search.ask()
     with pytest.raises(DataError, match="8 finite"):
         search.tell(np.full(8, np.nan))

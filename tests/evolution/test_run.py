@@ -179,9 +179,9 @@ def test_a_failed_calibration_loses_nothing(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "calibrate", fail)
-        with pytest.raises(DataError, match=r"no shift of the threshold; the NAMM as evolved is in .*uncalibrated"):
+        with pytest.raises(DataError, match=r"no shift of the threshold; the NAMM as evolved is in .*best"):
             run_evolution(CONFIG, tmp_path)
-    kept = NAMM.from_pretrained(tmp_path / "uncalibrated")
+    kept = NAMM.from_pretrained(tmp_path / "best")
     resumed = run_evolution(CONFIG, tmp_path)
     assert torch.equal(kept.to_vector()[:-1], resumed.to_vector()[:-1])
 
