@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.offline_rl.claim import claim
+from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.files import replacing
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ class BehaviourConfig:
     """What to train.
 
     `evaluate_every` and `timesteps` are environment steps. Training stops at `timesteps`, or at the first
-    evaluation (deterministic actions) whose mean `return_raw` reaches `stop_return`.
+    evaluation (deterministic actions) whose mean `return_raw` reaches `stop_return`. At the first one that reaches
+    `medium_return`, the policy is kept as `medium.zip`, and every episode it was trained on as `medium-replay.npz`:
+    D4RL's "medium" and "medium-replay" (Fu et al., 2020).
     """
 
     output: Path
@@ -31,6 +35,7 @@ class BehaviourConfig:
     evaluate_every: int = 10_000
     evaluation_episodes: int = 10
     stop_return: float = 3300.0
+    medium_return: float | None = None
     learning_starts: int = 5_000
     top_quantiles_to_drop_per_net: int = 5  # TQC's published setting for Hopper
     seed: int = 0
@@ -45,7 +50,8 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     """Train, or go on training, and return the path of the best policy (`policy.zip`). Needs sbx-rl.
 
     The output folder holds `policy.zip` (best evaluation so far), `latest.zip` and `replay.pkl` (to resume),
-    and `progress.jsonl` (one evaluation a line: `timesteps`, `return_raw_mean`, `return_raw_std`, `n`).
+    `progress.jsonl` (one evaluation a line: `timesteps`, `return_raw_mean`, `return_raw_std`, `n`), and what
+    `medium_return` asks for.
 
     Raises:
         ConfigError: the folder holds a run of another configuration.
@@ -61,6 +67,7 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     rows = read_progress(config.output)
     best = max((row["return_raw_mean"] for row in rows), default=-float("inf"))
     latest, replay = config.output / "latest.zip", config.output / "replay.pkl"
+    medium = config.output / "medium.zip"
     if latest.exists() and replay.exists():
         model = TQC.load(latest, env=train_env)
         model.load_replay_buffer(replay)
@@ -87,6 +94,10 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
                 best = float(mean)
                 with replacing(config.output / "policy.zip") as partial:
                     model.save(partial)
+            if config.medium_return is not None and mean >= config.medium_return and not medium.exists():
+                save_episodes(config.output / "medium-replay.npz", replayed(model.replay_buffer))
+                with replacing(medium) as partial:
+                    model.save(partial)
             row = {
                 "timesteps": model.num_timesteps,
                 "return_raw_mean": float(mean),
@@ -105,6 +116,37 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
                 description=f"behaviour policy, return_raw {mean:.0f}, best {best:.0f}",
             )
     return config.output / "policy.zip"
+
+
+def replayed(buffer: Any) -> list[Episode]:
+    """The whole episodes of a replay buffer (stable-baselines3's, of one environment), oldest first.
+
+    An episode's `seed` is its number.
+
+    Raises:
+        DataError: the buffer was full and has lost its oldest timesteps, is of several environments, or holds no whole
+            episode.
+    """
+    if buffer.full or buffer.n_envs != 1:
+        raise DataError(
+            f"a replay buffer of {buffer.n_envs} environments{', which is full' * buffer.full}: its episodes are not "
+            "whole; expected one environment and room for every timestep"
+        )
+    ends = np.flatnonzero(buffer.dones[: buffer.pos, 0]) + 1
+    if not len(ends):
+        raise DataError(f"a replay buffer of {buffer.pos} timesteps holds no whole episode")
+    starts = np.concatenate([[0], ends[:-1]])
+    return [
+        Episode(
+            number,
+            buffer.observations[start:end, 0].astype(np.float32),
+            buffer.actions[start:end, 0].astype(np.float32),
+            buffer.rewards[start:end, 0].astype(np.float64),
+            terminated=not buffer.timeouts[end - 1, 0],
+            truncated=bool(buffer.timeouts[end - 1, 0]),
+        )
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
 
 
 def load_behaviour(path: Path) -> TQC:

@@ -15,8 +15,8 @@ __all__ = ["EvolutionConfig"]
 
 # When to stop and how to spread the work do not touch what is searched: a run may be resumed with other values.
 _FREE_TO_CHANGE = frozenset({"generations", "minutes", "workers"})
-_DRAWS = 3
-"""How `readers.draw` makes a sample of a job; part of the identity, since the same settings once drew other budgets."""
+_DRAWS = 4
+"""What the settings mean (budgets were once drawn otherwise, and the price was linear); part of the identity."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class EvolutionConfig:
         questions: questions that a sample asks, for the kinds that can ask many.
         budgets: fractions of the tokens seen that a candidate may keep, by rank; null: it keeps what it scores above
             its threshold, and pays `price`. Every kind meets each of them in turn.
-        price: nats per answer token that keeping everything by threshold costs; half of them for half, and so on.
+        price: nats per answer token that keeping everything by threshold costs; a quarter of them for half, and so on
+            with the square of what is kept.
         normaliser_samples: samples on which the feature normaliser is measured before the first generation.
         validate_every: generations between two validations of the mean.
         validation_samples: fixed samples of the validation documents, per validation.

@@ -26,14 +26,17 @@ _SPLITS = 16
 
 def utilities(outcomes: Sequence[Outcome], price: float) -> np.ndarray:
     """What each candidate made of each sample, [S, P] in nats: log-likelihood against the full cache's, minus the price
-    of what was kept where it was for the candidate to say how much.
+    of what was kept where it was for the candidate to say how much, `price` times its square.
+
+    What is lost grows about evenly with what is evicted, so that at an even price the best is to keep everything or
+    next to nothing. The square makes each token dearer than the one before, and the best lies between.
 
     A candidate whose value is not finite gets the sample's worst.
 
     Raises:
         DataError: no candidate has a finite value on a sample.
     """
-    found = np.stack([o.difference - (price * o.kept if o.budget is None else 0.0) for o in outcomes])
+    found = np.stack([o.difference - (price * o.kept**2 if o.budget is None else 0.0) for o in outcomes])
     finite = np.isfinite(found)
     if not finite.any(1).all():
         place = int(np.flatnonzero(~finite.any(1))[0])

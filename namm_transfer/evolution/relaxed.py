@@ -86,7 +86,7 @@ def read_relaxed(
         condition: of the reading up to the decision.
         namm: whose decision it is.
         budgets: of the decision, each a row of one batch; None: by threshold.
-        price: nats that keeping everything by threshold costs.
+        price: nats that keeping everything by threshold costs, as in `fitness.utilities`.
 
     Returns:
         None if the sample has no decision before half of its answers.
@@ -102,11 +102,11 @@ def read_relaxed(
     vector = nn.Parameter(namm.to_vector())
     found = scores(unflatten(vector.unsqueeze(0)), decision.features, decision.lengths)
     gates, kept = zip(*(_gates(found, decision, budget) for budget in budgets), strict=True)
-    everything = decision.valid().float()
-    likelihood = _answers(model, sample, decision, torch.stack([*gates, everything]))
-    difference = likelihood[:-1] - likelihood[-1].detach()
-    by_threshold = [part for part, budget in zip(kept, budgets, strict=True) if budget is None]
-    (difference.sum() - price * sum(by_threshold, torch.zeros(()))).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        full = _answers(model, sample, decision, decision.valid().float().unsqueeze(0))
+    difference = _answers(model, sample, decision, torch.stack(gates)) - full
+    paid = sum(part**2 for part, budget in zip(kept, budgets, strict=True) if budget is None)
+    (difference.sum() - price * paid).backward()
     gradient = torch.zeros_like(vector) if vector.grad is None else vector.grad
     return RelaxedReading(difference.detach().double(), torch.stack(kept).detach().double(), gradient)
 

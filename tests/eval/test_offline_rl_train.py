@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.offline_rl import collect, train
 from namm_transfer.eval.offline_rl.batches import WindowSampler
-from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, train_behaviour
+from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, replayed, train_behaviour
 from namm_transfer.eval.offline_rl.collect import CollectionConfig
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.eval.offline_rl.train import TrainingConfig
@@ -155,6 +156,29 @@ def test_behaviour_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"env_id": "Walker2d-v5"}')
     with pytest.raises(ConfigError, match="other values of env_id"):
         train_behaviour(config, progress=False)
+
+
+def test_a_replay_buffer_becomes_its_whole_episodes() -> None:
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    box = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+    buffer = buffers.ReplayBuffer(20, box, box)
+    with pytest.raises(DataError, match="0 timesteps holds no whole episode"):
+        replayed(buffer)
+    ends = {3: False, 8: True}  # timestep -> cut off by the time limit; three timesteps are of an unfinished episode
+    for step in range(12):
+        place = np.full((1, 2), step / 20, np.float32)
+        done, infos = np.array([step in ends]), [{"TimeLimit.truncated": ends.get(step, False)}]
+        buffer.add(place, place + 0.05, -place, np.array([float(step)]), done, infos)
+    first, second = replayed(buffer)
+    assert (first.length, first.terminated, first.truncated) == (4, True, False)
+    assert (second.length, second.terminated, second.truncated) == (5, False, True)
+    assert second.rewards.tolist() == [4, 5, 6, 7, 8]
+    np.testing.assert_allclose(second.observations[:, 0] * 20, second.rewards, rtol=1e-6)
+    np.testing.assert_allclose(second.actions, -second.observations)
+    for _ in range(8):
+        buffer.add(place, place, place, np.zeros(1), np.zeros(1), [{}])
+    with pytest.raises(DataError, match="which is full"):
+        replayed(buffer)
 
 
 @pytest.fixture
