@@ -34,7 +34,9 @@ def test_a_sample_that_tells_candidates_apart_by_rounding_alone_counts_little() 
 
 def test_only_what_a_candidate_may_choose_is_priced() -> None:
     ranked, free = outcome([-1.0, -2.0], [0.3, 0.3]), outcome([-1.0, -2.0], [1.0, 0.25], budget=None)
-    np.testing.assert_allclose(utilities([ranked, free], price=2.0), [[-1.0, -2.0], [-3.0, -2.125]])  # 2 x 1, and 2 x a sixteenth
+    np.testing.assert_allclose(
+        utilities([ranked, free], price=2.0), [[-1.0, -2.0], [-3.0, -2.125]]
+    )  # 2 x 1, and 2 x a sixteenth
 
 
 def test_a_value_that_is_not_finite_is_the_worst_of_its_sample() -> None:
