@@ -1,4 +1,4 @@
-"""A picture of a memory: which patches of which frames each layer retained, and the counts behind it.
+"""Pictures of a memory: which patches of which frames each layer and head retained, and the counts behind it.
 
 Shape letters: L layers, K KV heads, T frames, U steps in time (frames, or tubelets of several frames), h, w patches.
 """
@@ -15,6 +15,8 @@ from rich.console import Console
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import use_executor
+from namm_transfer.eval.inspect_page import write_page
+from namm_transfer.eval.lighting import lit, write_lit_mp4
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.runner import build_policy, build_task
 from namm_transfer.eval.video import decode
@@ -22,9 +24,6 @@ from namm_transfer.files import write_atomically
 from namm_transfer.policies import Policy
 
 __all__ = ["Inspectable", "inspect", "picture"]
-
-DIMMED = 0.2
-"""Brightness of a patch that every head has evicted; each head that retains it adds an equal part of the rest."""
 
 
 @runtime_checkable
@@ -47,7 +46,7 @@ class Inspectable(Protocol):
 
 
 def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
-    """Run one clip under one policy and write `retained.png`, `retained.json` and provenance to `out`.
+    """Run one clip under one policy; write `retained` as png, mp4, html and json, and provenance, to `out`.
 
     Raises:
         ConfigError: a task without clips, or settings out of range.
@@ -61,7 +60,8 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
     if isinstance(clip, bool) or not isinstance(clip, int | str):
         raise ConfigError(f"clip is {clip!r}; expected the number of a packaged clip, or the path of a file")
     path = task.clip_path(clip) if isinstance(clip, int) else Path(clip)
-    frames = decode(path).frames
+    video = decode(path)
+    frames = video.frames
     shown = config["frames"]
     if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= len(frames):
         raise ConfigError(
@@ -83,12 +83,19 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
     write_atomically(out / "retained.json", json.dumps(counts, indent=2) + "\n")
     title = f"{path.name}, {policy.name}: {retained.mean():.1%} of the visual tokens retained"
     picture(frames, retained, shown, title, out / "retained.png")
+    write_lit_mp4(out / "retained.mp4", frames, retained, _rate(video.timestamps))
+    write_page(out / "retained.html", frames, video.timestamps, retained, title)
     for layer, part in enumerate(retained):
         console.print(
             f"layer {layer}: {part.mean():6.1%} retained, by head {np.round(part.mean((1, 2, 3)), 3).tolist()}"
         )
-    console.print(f"written: {out / 'retained.png'}, {out / 'retained.json'}")
+    console.print(f"written: {out / 'retained'}.png, .mp4, .html and .json")
     return out
+
+
+def _rate(timestamps: np.ndarray) -> float:
+    """Frames a second, of times [T] in seconds."""
+    return float(1 / np.median(np.diff(timestamps))) if len(timestamps) > 1 else 1.0
 
 
 def picture(frames: np.ndarray, retained: np.ndarray, shown: int, title: str, path: Path) -> None:
@@ -102,10 +109,8 @@ def picture(frames: np.ndarray, retained: np.ndarray, shown: int, title: str, pa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers, _, steps, rows, columns = retained.shape
+    layers, _, steps = retained.shape[:3]
     chosen = np.linspace(0, len(frames) - 1, shown).round().astype(int)
-    light = DIMMED + (1 - DIMMED) * retained.mean(axis=1)  # [L, U, h, w]
-    height, width = frames.shape[1:3]
     figure = Figure(figsize=(1.1 * shown + 0.8, 1.15 * (layers + 1) + 0.5), layout="constrained")
     grid = FigureCanvasAgg(figure).figure.subplots(layers + 1, shown, squeeze=False)
     figure.suptitle(title, fontsize="medium")
@@ -113,9 +118,8 @@ def picture(frames: np.ndarray, retained: np.ndarray, shown: int, title: str, pa
         grid[0, column].imshow(frames[frame])
         grid[0, column].set_title(f"frame {frame}", fontsize="x-small")
         for layer in range(layers):
-            patches = light[layer, frame * steps // len(frames)]  # [h, w]
-            lit = patches[np.arange(height) * rows // height][:, np.arange(width) * columns // width]  # [H, W]
-            grid[layer + 1, column].imshow((frames[frame] * lit[..., None]).astype(np.uint8))
+            share = retained[layer, :, frame * steps // len(frames)].mean(axis=0)  # [h, w]
+            grid[layer + 1, column].imshow(lit(frames[frame][None], share[None])[0])
     for row, axes in enumerate(grid):
         axes[0].set_ylabel("clip" if row == 0 else f"layer {row - 1}", fontsize="x-small")
         for axis in axes:

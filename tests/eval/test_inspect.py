@@ -1,7 +1,9 @@
 """The picture lights what is retained and dims what is not, and the counts are those of the memory."""
 
+import base64
 import io
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +13,8 @@ from rich.console import Console
 from namm_transfer import policy
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.inspect import inspect, picture
+from namm_transfer.eval.inspect_page import write_page
+from namm_transfer.eval.lighting import scaled, write_lit_mp4
 from namm_transfer.eval.video import decode
 
 
@@ -57,6 +61,52 @@ def test_inspect_writes_picture_counts_and_provenance(request, tmp_path, kind):
     assert 0.2 < counts["kept_fraction"] < 0.3
     assert (tmp_path / "out" / "retained.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "provenance.json").is_file()
+    clip, video = decode(task.clip_path(0)), decode(tmp_path / "out" / "retained.mp4")
+    assert len(video.frames) == len(clip.frames)
+    np.testing.assert_allclose(video.timestamps, clip.timestamps, atol=0.01)
+    page = (tmp_path / "out" / "retained.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == len(clip.frames)
+    assert "http" not in page  # whole without a network
+    assert page_data(page)["kept"] == pytest.approx(counts["kept_fraction"], abs=1e-9)
+
+
+def page_data(page):
+    """What the page's script reads, and the fraction of its bits that are set."""
+    data = json.loads(re.search(r"const data = (.*);\n", page).group(1))
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(data["bits"]), np.uint8), bitorder="little")
+    return data | {"kept": bits[: np.prod(data["shape"])].mean()}
+
+
+def test_the_video_lights_each_head_beside_its_layer(tmp_path):
+    frames = np.full((6, 40, 60, 3), 200, np.uint8)
+    retained = np.zeros((2, 2, 3, 2, 2), bool)  # a step is two frames
+    retained[1, 0, 2] = True  # of the second layer the first head, at the end of the clip
+    write_lit_mp4(tmp_path / "lit.mp4", frames, retained, 8.0)
+    video = decode(tmp_path / "lit.mp4").frames[..., 1].astype(int)
+    height, width = scaled(frames[:1], 160).shape[1:3]
+    middle = [
+        [video[:, row * (height + 4) + height // 2, 64 + column * (width + 4) + width // 2] for column in range(3)]
+        for row in range(3)
+    ]
+    assert np.all(np.abs(middle[0][0] - 200) < 8)  # the clip itself
+    for row, column in ((1, 0), (1, 1), (1, 2), (2, 2)):
+        assert np.all(np.abs(middle[row][column] - 40) < 8)
+    np.testing.assert_allclose(middle[2][1], [40] * 4 + [200] * 2, atol=8)  # the head
+    np.testing.assert_allclose(middle[2][0], [40] * 4 + [120] * 2, atol=8)  # half of its layer
+
+
+def test_a_page_of_a_long_clip_shows_some_of_its_frames(tmp_path):
+    frames = np.zeros((600, 8, 8, 3), np.uint8)
+    retained = np.zeros((1, 1, 300, 1, 1), bool)
+    retained[0, 0, 150:] = True
+    write_page(tmp_path / "page.html", frames, np.arange(600) / 25, retained, "</script><b>")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("</script>") == 1
+    data = page_data(page)
+    assert data["title"] == "</script><b>"
+    assert len(data["frames"]) == 256
+    assert (data["numbers"][0], data["numbers"][-1], data["steps"][-1]) == (0, 599, 299)
+    assert data["kept"] == 0.5
 
 
 def test_the_picture_is_bright_exactly_where_tokens_are_retained(tmp_path):
