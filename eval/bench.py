@@ -21,7 +21,7 @@ from namm_transfer.eval.bench_report import write_report
 from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.results import RunFolder
-from namm_transfer.eval.runner import build_policy
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.files import append_json, whole_lines
 from namm_transfer.layer import check_interval
 

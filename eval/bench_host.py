@@ -18,7 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import use_executor
-from namm_transfer.eval.runner import build_policy
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.evolution.hosts import load_host
 from namm_transfer.evolution.text import load_documents
 from namm_transfer.memory import MemoryCache

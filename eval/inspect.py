@@ -18,8 +18,8 @@ from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.inspect_page import write_page
 from namm_transfer.eval.lighting import lit, write_lit_mp4
 from namm_transfer.eval.provenance import record
-from namm_transfer.eval.runner import build_policy, build_task
 from namm_transfer.eval.video import decode
+from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
 from namm_transfer.policies import Policy
 

@@ -15,11 +15,11 @@ from namm_transfer.adapters import adapt
 from namm_transfer.adapters.video_memory import VideoMemory
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.executor import use_executor
-from namm_transfer.eval.runner import build_policy
 from namm_transfer.eval.task import host_folder
 from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.eval.video import stream
 from namm_transfer.eval.video_qa.host import PACKAGED, VideoQAProcessor, fit, load_host, pixel_values
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.policies import Policy
 
 __all__ = ["remember"]

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import numpy as np
-from hydra.errors import InstantiationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from namm_transfer.errors import ConfigError, NammTransferError
+from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.results import OK, Row, RunFolder
 from namm_transfer.eval.task import BASELINES, Task, Unit
-from namm_transfer.network import NAMM
-from namm_transfer.policies import NAMMPolicy, Policy, policy
+from namm_transfer.eval.workers import Job, build_policy, build_task, rows_of, use_workers
+from namm_transfer.policies import NAMMPolicy, Policy
 
-__all__ = ["MATCHED", "Run", "build_policy", "build_task", "matched_budget"]
+__all__ = ["MATCHED", "Run", "matched_budget"]
 
 MATCHED = "matched"
+_SHARES = 4
+"""Jobs of a column: several, so that workers end at about the same time; few, since a job's units may be batched."""
 REFERENCE = "namm"
 """The column whose measured kept fraction the policies with a matched budget get."""
 
@@ -72,7 +70,10 @@ class Run:
             raise ConfigError(
                 f"nothing to do: none of {', '.join(self.tasks)} has the columns {', '.join(self.columns)}"
             )
-        self.folder = RunFolder.open(path, dict(config))
+        self._workers = use_workers(config["executor"])
+        # how many evaluate, and where, changes no result: a run may be resumed elsewhere
+        executor = {key: value for key, value in config["executor"].items() if key in ("device", "threads")}
+        self.folder = RunFolder.open(path, {**config, "executor": executor})
         self.done = {row.key: row for row in self.folder.rows()}
 
     def __call__(self, console: Console) -> None:
@@ -81,54 +82,54 @@ class Run:
         bars = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*bars, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("", total=len(self.plan), completed=self.finished)
-            for task in self.tasks:
-                for column in self.columns:
-                    if self._applies(task, column):
-                        progress.update(bar, description=f"{task} · {column}")
-                        for _ in self._evaluate(task, column):
-                            progress.advance(bar)
+            for matched in (False, True):  # the rules at the measured budget, once it is measured
+                for row in self._rows(matched):
+                    if row.key not in self.done:  # what a worker that died had sent comes again
+                        self.folder.append(row)
+                        self.done[row.key] = row
+                        progress.update(bar, advance=1, description=f"{row.task} · {row.policy}")
+                self._refuse_idle(matched)
 
     @property
     def finished(self) -> int:
         """How many rows of the plan exist."""
         return sum((task, column, unit.id, self.seed) in self.done for task, column, unit in self.plan)
 
-    def _evaluate(self, name: str, column: str) -> Iterable[Row]:
-        task = self.tasks[name]
-        todo = [u for u in task.units(self.seed) if (name, column, u.id, self.seed) not in self.done]
-        if todo:
-            yield from self._outcomes(task, column, todo)
-        chosen = self.policies[column]
-        if not isinstance(chosen, str) and chosen.evicts:
-            self._refuse_idle(name, column)
+    def _rows(self, matched: bool) -> Iterator[Row]:
+        """Rows of what is missing of the columns with a matched budget, or of the others."""
+        if self._workers is not None:
+            yield from self._workers(job for _, job in self._jobs(matched, _SHARES))
+            return
+        for task, job in self._jobs(matched, 1):
+            yield from rows_of(job, task)
 
-    def _outcomes(self, task: Task, column: str, todo: Sequence[Unit]) -> Iterable[Row]:
-        chosen = self.policies[column]
-        if self.config["policies"][column].get("budget") == MATCHED:
-            chosen = self._build(column, matched_budget(self.done.values(), task.name))
-        before = time.perf_counter()
-        for outcome in task.evaluate(todo, chosen, self.seed):
-            now = time.perf_counter()
-            measured = asdict(outcome)
-            unit = measured.pop("unit")
-            row = Row(
-                task=task.name,
-                policy=column,
-                unit=unit["id"],
-                cluster=unit["cluster"],
-                seed=self.seed,
-                metric=task.metric,
-                budget=None if isinstance(chosen, str) else chosen.budget,
-                seconds=now - before,
-                **measured,
-            )
-            self.folder.append(row)
-            self.done[row.key] = row
-            before = now
-            yield row
+    def _jobs(self, matched: bool, shares: int) -> Iterator[tuple[Task, Job]]:
+        """A column's units are cut into up to `shares` jobs, never within a cluster."""
+        for task, settings in zip(self.tasks.values(), self.config["tasks"].values(), strict=True):
+            for column in self._columns(task.name, matched):
+                todo = [u for u in task.units(self.seed) if (task.name, column, u.id, self.seed) not in self.done]
+                chosen = dict(self.config["policies"][column])
+                if matched:
+                    chosen["budget"] = matched_budget(self.done.values(), task.name)
+                for units in _parts(todo, shares):
+                    yield task, Job(settings, column, chosen, units, self.seed)
 
-    def _refuse_idle(self, name: str, column: str) -> None:
+    def _columns(self, task: str, matched: bool) -> list[str]:
+        return [
+            column
+            for column in self.columns
+            if self._applies(task, column) and (self.config["policies"][column].get("budget") == MATCHED) is matched
+        ]
+
+    def _refuse_idle(self, matched: bool) -> None:
         """Raise if a policy that evicts never got to decide: it would have been the full cache under another name."""
+        for name in self.tasks:
+            for column in self._columns(name, matched):
+                chosen = self.policies[column]
+                if not isinstance(chosen, str) and chosen.evicts:
+                    self._refuse_idle_column(name, column)
+
+    def _refuse_idle_column(self, name: str, column: str) -> None:
         rows = [r for r in self.done.values() if (r.task, r.policy, r.status) == (name, column, OK)]
         if rows and all(row.kept_at_updates is None for row in rows):
             interval = (getattr(self.tasks[name], "model", None) or {}).get("update_interval")
@@ -172,37 +173,6 @@ class Run:
         return inputs
 
 
-def build_task(settings: Mapping[str, Any]) -> Task:
-    """The task that `settings["_target_"]` names.
-
-    Raises:
-        ConfigError: the class does not exist or does not take these settings.
-    """
-    if "_target_" not in settings:
-        raise ConfigError(f"cannot build the task: there is no _target_ in {dict(settings)}")
-    try:
-        task: Task = hydra.utils.instantiate(settings)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, NammTransferError):
-            raise error.__cause__ from error
-        raise ConfigError(f"cannot build the task: {str(error).splitlines()[0]}") from error
-    return task
-
-
-def build_policy(settings: Mapping[str, Any]) -> Policy:
-    """The policy that `settings` describe; `namm` is loaded from its name or path.
-
-    Raises:
-        ConfigError: an option the policy does not have, or a value out of its range.
-    """
-    if "name" not in settings:
-        raise ConfigError(f"a policy needs a name; got {dict(settings)}")
-    options = {key: value for key, value in settings.items() if key != "name"}
-    if "namm" in options:
-        options["namm"] = NAMM.from_pretrained(options["namm"])
-    return policy(settings["name"], **options)
-
-
 def matched_budget(rows: Iterable[Row], task: str) -> float:
     """The fraction that NAMM was measured to keep just after its decisions on a task.
 
@@ -217,6 +187,16 @@ def matched_budget(rows: Iterable[Row], task: str) -> float:
     if units and not kept:
         raise ConfigError(f"{task}: {REFERENCE!r} took no decision in {len(units)} units, so there is none to match")
     return float(np.mean(kept)) if kept else 1.0
+
+
+def _parts(units: Sequence[Unit], count: int) -> Iterator[tuple[str, ...]]:
+    """Cut units into up to `count` parts of about as many clusters each."""
+    clusters: dict[str, list[str]] = {}
+    for unit in units:
+        clusters.setdefault(unit.cluster, []).append(unit.id)
+    for part in np.array_split(np.array(list(clusters), dtype=object), min(count, len(clusters)) or 1):
+        if len(part):
+            yield tuple(unit for cluster in part for unit in clusters[cluster])
 
 
 def _ordered(policies: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from namm_transfer.adapters import CausalLMHost
 from namm_transfer.errors import ConfigError, UnsupportedModelError
 from namm_transfer.eval.language.readings import Readings
-from namm_transfer.eval.runner import build_policy
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.evolution.hosts import PACKAGED_HOSTS, load_host
 from namm_transfer.layer import check_interval
 from namm_transfer.policies import Policy

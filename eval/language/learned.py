@@ -27,8 +27,8 @@ from namm_transfer import network
 from namm_transfer.configs import composed
 from namm_transfer.errors import DataError
 from namm_transfer.eval.language.samples import LanguageSamples
-from namm_transfer.eval.runner import build_task
 from namm_transfer.eval.task import Unit
+from namm_transfer.eval.workers import build_task
 from namm_transfer.files import replacing, write_atomically
 from namm_transfer.memory import MemoryCache
 from namm_transfer.network import FEATURES, NAMM

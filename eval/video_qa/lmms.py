@@ -24,9 +24,9 @@ from namm_transfer.errors import ConfigError, DataError, VideoError
 from namm_transfer.eval.executor import check_device
 from namm_transfer.eval.provenance import versions
 from namm_transfer.eval.results import OK, UNDECODABLE
-from namm_transfer.eval.runner import build_policy
 from namm_transfer.eval.video_qa.chat import Frames, Message, load_video_llm
 from namm_transfer.eval.video_qa.lmms_command import FINGERPRINT
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.files import append_json
 from namm_transfer.layer import check_interval
 from namm_transfer.policies import NAMMPolicy

@@ -65,3 +65,17 @@ class FakeTask:
                 bytes_total=1100,
                 detail={"reply": "B"},
             )
+
+
+@dataclass(frozen=True)
+class DyingTask(FakeTask):
+    """Its process dies, once, in the midst of a job."""
+
+    marker: str = ""
+
+    def evaluate(self, units, policy, seed):
+        for number, outcome in enumerate(super().evaluate(units, policy, seed)):
+            if number == 1 and not os.path.exists(self.marker):
+                with open(self.marker, "w"):
+                    os.kill(os.getpid(), 9)
+            yield outcome

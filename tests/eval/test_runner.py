@@ -15,8 +15,9 @@ from rich.console import Console
 
 from namm_transfer.errors import BudgetError, CheckpointError, ConfigError
 from namm_transfer.eval.results import Row, RunFolder
-from namm_transfer.eval.runner import Run, build_policy, matched_budget
+from namm_transfer.eval.runner import Run, matched_budget
 from namm_transfer.eval.transfer import Interrupted, transfer
+from namm_transfer.eval.workers import build_policy
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
 HERE = Path(__file__).parent
