@@ -72,6 +72,16 @@ def evaluate(overrides: Overrides = None, resume: Resume = None) -> None:
 
 
 @app.command()
+def study(overrides: Overrides = None) -> None:
+    """NAMMs and rules over budgets on one task, with curves: `study task=language/essays +namms.mine=DIR out=DIR`."""
+    from namm_transfer.eval.study import study as run
+    from namm_transfer.eval.transfer import results_folder
+
+    config = composed("study", overrides or [])
+    run(config, results_folder(config["out"], "study"), overrides or [], _console())
+
+
+@app.command()
 def evolve(overrides: Overrides = None, resume: Resume = None) -> None:
     """Evolve a NAMM on language."""
     from namm_transfer.evolution.run import evolve as run

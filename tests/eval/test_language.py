@@ -14,12 +14,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
-from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.errors import ConfigError
 from namm_transfer.eval.language import samples
-from namm_transfer.eval.language.compare import compare, markdown
 from namm_transfer.eval.language.learned import SORTS, draw, learn, sort_of
 from namm_transfer.eval.language.samples import LanguageSamples
-from namm_transfer.eval.results import Row
 from namm_transfer.evolution.hosts import LanguageHost
 from namm_transfer.evolution.kinds import KINDS
 from namm_transfer.evolution.text import Document
@@ -102,63 +100,6 @@ def test_the_host_is_known_by_what_it_holds(task: LanguageSamples, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "_commit_hash", "0a1b2c", raising=False)
         assert host("owner/name") == "owner/name@0a1b2c"
-
-
-def rows(column: str, scores: list[float], budget: float | None = 0.5) -> list[Row]:
-    return [
-        Row(
-            task="language/test",
-            policy=column,
-            unit=str(i),
-            cluster=f"d{i // 2}",
-            seed=0,
-            status="ok",
-            metric="log_likelihood_per_token",
-            score=score,
-            kept_at_updates=None if column == "full" or i == 3 else 0.5,  # short units end before a decision
-            budget=budget,
-            detail={"kind": "needles" if i % 2 else "recall", "token_accuracy": 0.25},
-        )
-        for i, score in enumerate(scores)
-    ]
-
-
-def test_losses_are_paired_and_clustered() -> None:
-    full = rows("full", [-1.0, -2.0, -3.0, -4.0], budget=None)
-    namm, h2o = rows("namm-0.5", [-1.5, -2.5, -3.5, -4.5]), rows("h2o-0.5", [-2.0, -3.0, -5.0, -6.0])
-    threshold = rows("namm", [-1.0, -2.0, -3.0, -5.0], budget=None)
-    lines = compare([*full, *h2o, *namm, *threshold])
-    assert [line.policy for line in lines] == ["namm-0.5", "h2o-0.5", "namm"]
-    first, second, third = lines
-    assert (first.loss.value, first.loss.low, first.loss.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert first.of_full == pytest.approx(1.0)  # the same accuracy as the full cache's in these rows
-    assert first.ahead is None
-    assert third.ahead is None
-    assert second.ahead is not None
-    assert second.ahead.value == pytest.approx(1.0)  # 0.5 in one document, 1.5 in the other
-    # two clusters, residuals of -1 and +1 over four units: t(1) = 12.706, standard error sqrt(2 * 2) / 4
-    assert second.ahead.high - second.ahead.value == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert third.by_kind == pytest.approx({"recall": 0.0, "needles": -0.5})
-    table = markdown(lines)
-    assert "| h2o-0.5 | 0.5 | 0.500 | -1.50 [" in table
-    assert "| namm | threshold | 0.500 |" in table
-
-
-def test_a_column_without_decisions_has_no_kept_fraction() -> None:
-    full, h2o = rows("full", [-1.0, -2.0], budget=None), rows("h2o-0.5", [-2.0, -3.0])
-    (line,) = compare([*full, *(replace(row, kept_at_updates=None) for row in h2o)])
-    assert line.kept is None
-    assert "| h2o-0.5 | 0.5 | – |" in markdown([line])
-    (half,) = compare([*full, replace(h2o[0], kept_at_updates=None), h2o[1]])
-    assert half.kept == 0.5
-
-
-def test_rows_that_do_not_pair_are_refused() -> None:
-    full = rows("full", [-1.0, -2.0], budget=None)
-    with pytest.raises(DataError, match="h2o"):
-        compare([*full, *rows("h2o", [-1.0])])
-    with pytest.raises(DataError, match="full"):
-        compare(rows("h2o", [-1.0]))
 
 
 def linear_namm(feature: int, bias: float) -> NAMM:

@@ -1,0 +1,97 @@
+"""NAMMs against the rules over budgets, on one task: rows, a table, curves, and the command that made them.
+
+The rules do not depend on a NAMM. They are run first and kept in a folder of their own, as each NAMM's rows are, so
+that another NAMM joins a finished study for its own price.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from namm_transfer.errors import BudgetError, ConfigError
+from namm_transfer.eval.compare import as_json, compare, curves, markdown
+from namm_transfer.eval.results import Row
+from namm_transfer.eval.runner import Run
+from namm_transfer.eval.task import BASELINES
+from namm_transfer.eval.transfer import Interrupted
+from namm_transfer.files import write_atomically
+from namm_transfer.scoring import check_budget
+
+__all__ = ["columns_of_namm", "columns_of_rules", "study"]
+
+REFERENCE = "namm"
+
+
+def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """The full cache, the baselines of tasks that have them, and every rule at every budget."""
+    ranked = {f"{rule}-{budget}": {"name": rule, "budget": budget} for budget in budgets for rule in rules}
+    return {"full": {"name": "full"}, **{name: {"name": name} for name in BASELINES}, **ranked}
+
+
+def columns_of_namm(name: str, namm: str, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """A NAMM by threshold, and by rank at every budget."""
+    ranked = {f"{name}-{budget}": {"name": "namm", "namm": namm, "budget": budget} for budget in budgets}
+    return {name: {"name": "namm", "namm": namm}, **ranked}
+
+
+def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console: Console) -> list[Row]:
+    """Run what is missing, and write `table.md`, `table.json` and `curves.png`.
+
+    Args:
+        config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id), `rules`, `budgets`,
+            `seed`, `executor`.
+        out: folder; rows go to a folder in it for the rules and one for each NAMM.
+        command: how to run this again, as overrides of `study`.
+        console: shows the progress and the table.
+
+    Raises:
+        ConfigError: settings that do not fit.
+        Interrupted: on Ctrl-C; what is finished is kept.
+    """
+    budgets, namms = config["budgets"], config["namms"]
+    for budget in budgets:
+        if isinstance(check_budget(budget), int):
+            raise BudgetError(f"budgets are fractions of the tokens seen; got {budget!r}")
+    if bad := [name for name in namms if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules")]:
+        raise ConfigError(
+            f"namms has the columns {bad}; expected names of letters, digits and underscores of their own"
+        )
+    parts = {"rules": columns_of_rules(config["rules"], budgets)}
+    parts |= {name: columns_of_namm(name, namm, budgets) for name, namm in namms.items()}
+    shared = {key: config[key] for key in ("seed", "executor")}
+    runs = {
+        name: Run({**shared, "tasks": {"task": config["task"]}, "policies": columns}, out / name)
+        for name, columns in parts.items()
+    }
+    rows: list[Row] = []
+    for run in runs.values():
+        try:
+            run(console)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is finished is kept in {out}: the same command goes on") from None
+        rows += run.folder.rows()
+    _write(rows, config["task"], " ".join(["namm-transfer study", *command]), out, console)
+    return rows
+
+
+def _write(rows: Sequence[Row], task: Mapping[str, Any], command: str, out: Path, console: Console) -> None:
+    lines, metric, name = compare(rows, REFERENCE), rows[0].metric, rows[0].task
+    full = [row for row in rows if row.policy == "full"]
+    model = task.get("model", {})
+    about = (
+        f"{name}: {len({row.unit for row in full})} units in {len({row.cluster for row in full})} clusters, host "
+        f"{model.get('host') or model.get('path')}, update interval {model.get('update_interval')}. Intervals: 95 %, "
+        "paired by unit, clustered. No budget: by threshold."
+    )
+    table = markdown(lines, metric, REFERENCE)
+    write_atomically(out / "table.md", f"{about}\n\n{table}\n![curves](curves.png)\n\nMade by `{command}`.\n")
+    content = {"command": command, "about": about, "lines": as_json(lines)}
+    write_atomically(out / "table.json", json.dumps(content, indent=1) + "\n")
+    curves(lines, name, metric, out / "curves.png")
+    console.print(table, f"written: {out / 'table.md'}, {out / 'curves.png'}", sep="\n")

@@ -1,0 +1,78 @@
+"""A study has every NAMM and every rule at every budget, and another NAMM joins for its own price."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from namm_transfer.errors import BudgetError, ConfigError
+from namm_transfer.eval.study import study
+from namm_transfer.network import NAMM, NUM_PARAMETERS
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("FAKE_TASK_LOG", str(tmp_path / "log"))
+    for name in ("one", "two"):
+        vector = torch.full((NUM_PARAMETERS,), len(name) / 10)
+        NAMM.from_vector(vector).save_pretrained(tmp_path / name)
+    return {
+        "task": {"_target_": "fake_task.FakeTask", "name": "fake", "clips": 4},
+        "namms": {"namm": str(tmp_path / "one")},
+        "rules": ["h2o", "random"],
+        "budgets": [0.25, 0.5],
+        "seed": 0,
+        "executor": {"threads": None},
+    }
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=300)
+
+
+def test_every_column_is_there_and_reported(config, console, tmp_path):
+    rows = study(config, tmp_path / "out", ["task=fake", "out=out"], console)
+    ranked = {f"{name}-{budget}" for name in ("h2o", "random", "namm") for budget in (0.25, 0.5)}
+    assert {row.policy for row in rows} == {"full", "window", "namm", *ranked}
+    assert len(rows) == 8 * 9
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "8 units in 4 clusters" in table
+    assert "Made by `namm-transfer study task=fake out=out`." in table
+    lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
+    assert lines["h2o-0.25"]["ahead"] is not None
+    assert lines["namm"]["ahead"] is lines["window"]["ahead"] is lines["full"]["ahead"] is None
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
+    study(config, tmp_path / "out", [], console)
+    (tmp_path / "log").unlink()
+    config["namms"]["other"] = str(tmp_path / "two")
+    rows = study(config, tmp_path / "out", [], console)
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert len(asked) == 3
+    assert all("'namm'" in line for line in asked)
+    assert {"other", "other-0.25", "other-0.5", "namm", "full"} <= {row.policy for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"budgets": [3]}, BudgetError, "budgets are fractions"),
+        ({"budgets": [1.5]}, BudgetError, "must lie in"),
+        ({"namms": {"full": "default"}}, ConfigError, r"namms has the columns \['full'\]"),
+        ({"namms": {"a-b": "default"}}, ConfigError, r"namms has the columns \['a-b'\]"),
+        ({"rules": ["h3o"]}, ConfigError, "h3o"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_run(config, console, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        study(config | change, tmp_path / "out", [], console)
+    assert not (tmp_path / "log").exists()
