@@ -17,6 +17,9 @@ from namm_transfer.files import replacing
 
 __all__ = ["Line", "as_json", "compare", "curves", "markdown"]
 
+_MATCHED = "-matched"
+"""End of the names of columns whose budget is what the reference keeps by threshold."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -30,8 +33,8 @@ class Line:
         of_full: fraction of the full cache's score; of its token accuracy where the score is a log-likelihood.
         difference: score minus the full cache's, paired by unit.
         by_kind: mean of that difference per kind of sample, or family of questions.
-        ahead: score of the reference at the same budget minus this policy's; None for itself and where the reference
-            has no column with this budget.
+        ahead: score of the reference at the same budget minus this policy's (of the reference by threshold, for columns
+            at its measured budget); None for itself and where the reference has no such column.
     """
 
     policy: str
@@ -81,7 +84,9 @@ def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") ->
     lines = []
     for name, column in columns.items():
         budget = column[units[0]].budget
-        rival = None if name == full or column[units[0]].kept_at_updates is None else references.get(budget)
+        rival = references.get(None if name.endswith(_MATCHED) else budget)
+        if name == full or all(row.kept_at_updates is None for row in column.values()):
+            rival = None  # the full cache and baselines have no budget, and yet none of the threshold's
         lines.append(
             Line(
                 policy=name,
@@ -143,7 +148,8 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     by_name: dict[str, list[Line]] = {}
     for line in lines:
         if line.policy != full:
-            by_name.setdefault(line.policy.removesuffix(f"-{line.budget}"), []).append(line)
+            name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED)
+            by_name.setdefault(name, []).append(line)
     for number, (name, found) in enumerate(sorted(by_name.items())):
         curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
         colour, bold = f"C{number % 10}", name.startswith("namm")

@@ -18,7 +18,7 @@ from namm_transfer.eval.task import BASELINES, Task, Unit
 from namm_transfer.eval.workers import Job, build_policy, build_task, rows_of, use_workers
 from namm_transfer.policies import NAMMPolicy, Policy
 
-__all__ = ["MATCHED", "Run", "matched_budget"]
+__all__ = ["MATCHED", "REFERENCE", "Run", "matched_budget"]
 
 MATCHED = "matched"
 _SHARES = 4

@@ -17,15 +17,13 @@ from rich.console import Console
 from namm_transfer.errors import BudgetError, ConfigError
 from namm_transfer.eval.compare import as_json, compare, curves, markdown
 from namm_transfer.eval.results import Row
-from namm_transfer.eval.runner import Run
+from namm_transfer.eval.runner import MATCHED, REFERENCE, Run
 from namm_transfer.eval.task import BASELINES
 from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.files import write_atomically
 from namm_transfer.scoring import check_budget
 
-__all__ = ["columns_of_namm", "columns_of_rules", "study"]
-
-REFERENCE = "namm"
+__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "study"]
 
 
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -38,6 +36,11 @@ def columns_of_namm(name: str, namm: str, budgets: Sequence[float]) -> dict[str,
     """A NAMM by threshold, and by rank at every budget."""
     ranked = {f"{name}-{budget}": {"name": "namm", "namm": namm, "budget": budget} for budget in budgets}
     return {name: {"name": "namm", "namm": namm}, **ranked}
+
+
+def columns_matched(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every rule at the budget that the reference was measured to keep by threshold."""
+    return {f"{rule}-{MATCHED}": {"name": rule, "budget": MATCHED} for rule in rules}
 
 
 def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console: Console) -> list[Row]:
@@ -64,6 +67,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
         )
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
     parts |= {name: columns_of_namm(name, namm, budgets) for name, namm in namms.items()}
+    if REFERENCE in parts:
+        parts[REFERENCE] |= columns_matched(config["rules"])
     shared = {key: config[key] for key in ("seed", "executor")}
     runs = {
         name: Run({**shared, "tasks": {"task": config["task"]}, "policies": columns}, out / name)

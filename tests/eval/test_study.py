@@ -40,13 +40,18 @@ def console():
 def test_every_column_is_there_and_reported(config, console, tmp_path):
     rows = study(config, tmp_path / "out", ["task=fake", "out=out"], console)
     ranked = {f"{name}-{budget}" for name in ("h2o", "random", "namm") for budget in (0.25, 0.5)}
-    assert {row.policy for row in rows} == {"full", "window", "namm", *ranked}
-    assert len(rows) == 8 * 9
+    matched = {"h2o-matched", "random-matched"}
+    assert {row.policy for row in rows} == {"full", "window", "namm", *ranked, *matched}
+    assert len(rows) == 8 * 11
+    assert [row.budget for row in rows if row.policy in matched] == [pytest.approx(0.25)] * 16
     table = (tmp_path / "out" / "table.md").read_text()
     assert "8 units in 4 clusters" in table
     assert "Made by `namm-transfer study task=fake out=out`." in table
     lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
     assert lines["h2o-0.25"]["ahead"] is not None
+    assert lines["h2o-matched"]["ahead"]["value"] == pytest.approx(
+        lines["namm"]["score"]["value"] - lines["h2o-matched"]["score"]["value"]
+    )
     assert lines["namm"]["ahead"] is lines["window"]["ahead"] is lines["full"]["ahead"] is None
     assert (tmp_path / "out" / "curves.png").is_file()
 
