@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from namm_transfer.tiles import Observed
 __all__ = ["Fields", "LayerView", "Policy", "check_budget", "check_count", "recent"]
 
 Budget = int | float
+Allocation = Literal["per_head", "per_layer"]
 
 
 @dataclass
@@ -88,6 +89,9 @@ class Policy(ABC):
 
     Attributes:
         budget: tokens a head may keep after a decision: int, or float for a fraction of the tokens seen.
+        allocation: "per_head": each head keeps so many. "per_layer": the heads of a layer compete for what they may
+            keep together, so that one that needs much takes it from one that needs little (Feng et al., "Ada-KV",
+            NeurIPS 2025). For scores that mean the same in every head.
     """
 
     name: ClassVar[str]
@@ -97,12 +101,15 @@ class Policy(ABC):
     """The policy ever decides; if not, the memory keeps everything."""
 
     budget: Budget | None = field(default=None)
+    allocation: Allocation = "per_head"
 
     optional_budget: ClassVar[bool] = False
     """The policy works without a budget too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", check_budget(self.budget, optional=self.optional_budget))
+        if self.allocation not in get_args(Allocation):
+            raise ConfigError(f"allocation must be one of {get_args(Allocation)}; got {self.allocation!r}")
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""
@@ -138,13 +145,18 @@ class Policy(ABC):
         return max(1, min(int(tokens or 1), view.seen))
 
     def rank(self, view: LayerView, scores: Tensor) -> Tensor:
-        """Each head's best tokens within the budget; between equal scores the newer stays."""
-        allowance = self.allowance(view)
+        """The best tokens within the budget, of each head or of all together; between equal scores the newer stays."""
+        count = self.allowance(view)
         ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
-        order = torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)[..., :allowance]
+        rows, heads, width = ranked.shape
+        if pooled := self.allocation == "per_layer":
+            ranked, count = ranked.transpose(1, 2).reshape(rows, 1, width * heads), count * heads
+        order = torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
         chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked.shape[-1] - 1 - order, True)
+        if pooled:
+            chosen = chosen.view(rows, width, heads).transpose(1, 2)
         return chosen & view.valid()
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, to be written beside results and saved memories."""
-        return {"name": self.name, "budget": self.budget}
+        return {"name": self.name, "budget": self.budget, "allocation": self.allocation}

@@ -1,0 +1,67 @@
+"""Heads that compete for a budget keep the best of all their tokens, and as many as they would one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from namm_transfer import NAMM, MemoryCache, policy
+from namm_transfer.errors import ConfigError
+from namm_transfer.policies import LayerView
+from namm_transfer.store import TokenStore
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=3), min_size=1, max_size=2).filter(
+        lambda rows: len({len(row) for row in rows}) == 1
+    ),
+    budget=st.integers(1, 8),
+    seed=st.integers(0, 99),
+    ties=st.booleans(),
+)
+def test_the_best_of_all_heads_stay(lengths: list[list[int]], budget: int, seed: int, ties: bool) -> None:
+    counts = torch.tensor(lengths)
+    width = int(counts.max())
+    rng = np.random.default_rng(seed)
+    shape = (*counts.shape, width)
+    drawn = rng.integers(0, 3, shape) if ties else rng.normal(size=shape)
+    scores = torch.from_numpy(drawn).float()
+    store = TokenStore.from_padded({"positions": torch.arange(width, dtype=torch.int32).expand(shape)}, counts)
+    view = LayerView(store, 0, (0, len(counts)), 12, 12, 16)
+    keep = policy("h2o", budget=budget, allocation="per_layer").rank(view, scores)
+    for row, of_row in enumerate(lengths):
+        tokens = [
+            (place == length - 1, float(scores[row, head, place]), bool(keep[row, head, place]))
+            for head, length in enumerate(of_row)
+            for place in range(length)
+        ]
+        kept = sorted(token[:2] for token in tokens if token[2])
+        assert len(kept) == min(budget * len(of_row), sum(of_row))
+        assert kept == sorted(sorted((token[:2] for token in tokens), reverse=True)[: len(kept)])
+        assert all(keep[row, head, length - 1] for head, length in enumerate(of_row))
+    assert not (keep & ~view.valid()).any()
+
+
+def test_heads_keep_different_numbers_of_tokens_within_the_layers_budget(
+    llama: Callable[..., PreTrainedModel],
+) -> None:
+    vector = torch.from_numpy(np.random.default_rng(0).normal(0, 0.3, 4172)).float()
+    chosen = policy("namm", namm=NAMM.from_vector(vector), budget=0.4, allocation="per_layer")
+    cache = MemoryCache(chosen, update_interval=48)
+    with torch.no_grad():
+        llama()(torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 96))), past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.tokens.lengths.sum(1).tolist() == [round(0.4 * 96) * layer.tokens.lengths.shape[1]] * 2
+        assert len(set(layer.tokens.lengths.flatten().tolist())) > 1
+
+
+def test_an_unknown_allocation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="allocation must be one of"):
+        policy("h2o", budget=3, allocation="per_model")
