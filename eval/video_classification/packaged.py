@@ -9,6 +9,7 @@ from namm_transfer.eval.video_classification.evaluate import LabelledClip, write
 
 PACKAGED_VIDEOS = Path(__file__).resolve().parent.parent / "assets" / "videos" / "motion"
 CLIPS = 24
+SEEDS = range(PACKAGED_SEEDS, PACKAGED_SEEDS + CLIPS)
 
 
 def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[LabelledClip]:
@@ -31,10 +32,9 @@ def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[LabelledClip]:
     return clips
 
 
-def write_packaged(folder: Path = PACKAGED_VIDEOS) -> None:
-    """Render the packaged clips and write the manifest."""
+def write_packaged(folder: Path = PACKAGED_VIDEOS, seeds: range = SEEDS) -> None:
+    """Render the clips of the seeds and write the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(PACKAGED_SEEDS, PACKAGED_SEEDS + CLIPS)
     entries = []
     for clip in write_clips(folder, seeds):
         truth = make_clip(clip.seed)
@@ -48,7 +48,3 @@ def write_packaged(folder: Path = PACKAGED_VIDEOS) -> None:
             }
         )
     (folder / "manifest.json").write_text(json.dumps({"clips": entries}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    write_packaged()

@@ -10,6 +10,7 @@ from namm_transfer.eval.video_qa.questions import Question
 
 PACKAGED_VIDEOS = Path(__file__).resolve().parent.parent / "assets" / "videos" / "qa"
 CLIPS = 16
+SEEDS = range(PACKAGED_SEEDS, PACKAGED_SEEDS + CLIPS)
 QUESTIONS_PER_FAMILY = 2
 
 
@@ -38,10 +39,9 @@ def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[QAClip]:
         raise DataError(f"{manifest} is not a manifest of question-answering clips: {error!r}") from error
 
 
-def write_packaged(folder: Path = PACKAGED_VIDEOS) -> None:
-    """Render the packaged clips and write the manifest: questions and ground truth of each."""
+def write_packaged(folder: Path = PACKAGED_VIDEOS, seeds: range = SEEDS) -> None:
+    """Render the clips of the seeds and write the manifest: questions and ground truth of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(PACKAGED_SEEDS, PACKAGED_SEEDS + CLIPS)
     entries = []
     for clip in write_clips(folder, seeds, QUESTIONS_PER_FAMILY):
         events = [
@@ -53,7 +53,3 @@ def write_packaged(folder: Path = PACKAGED_VIDEOS) -> None:
         ]
         entries.append({"file": clip.path.name, "seed": clip.seed, "events": events, "questions": questions})
     (folder / "manifest.json").write_text(json.dumps({"clips": entries}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    write_packaged()
