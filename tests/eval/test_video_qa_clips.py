@@ -1,10 +1,15 @@
 """Generated clips: the seed decides everything, and the truth agrees with the pixels."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from namm_transfer.eval import video_clips
+from namm_transfer.eval.video import decode
+from namm_transfer.eval.video_classification import packaged as motion_packaged
+from namm_transfer.eval.video_qa import packaged
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, EVENTS, FRAMES, MOVING_FRAMES, SIDE, make_clip, render
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES, coverage
 
@@ -75,3 +80,15 @@ def test_every_value_occurs() -> None:
     for direction in DIRECTIONS:
         assert 0.18 < np.mean([event.direction == direction for event in events]) < 0.32
     assert {event.end > event.halt for event in events} == {True, False}
+
+
+@pytest.mark.parametrize("suite", list(video_clips.Suite))
+def test_held_out_clips_are_written_with_a_manifest_that_the_task_reads(
+    suite: video_clips.Suite, tmp_path: Path
+) -> None:
+    video_clips.main(suite, tmp_path / "clips", 2)
+    modules = {"video_qa": packaged, "video_classification": motion_packaged}
+    held_out, ours = modules[suite].packaged_clips(tmp_path / "clips"), modules[suite].packaged_clips()
+    assert len(held_out) == 2
+    assert not {clip.seed for clip in held_out} & {clip.seed for clip in ours}
+    assert all(len(decode(clip.path).frames) for clip in held_out)
