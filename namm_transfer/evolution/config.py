@@ -27,8 +27,12 @@ class EvolutionConfig:
         hosts: names, folders or Hub ids of language models, see `hosts.load_host`; drawn per sample.
         seed: of the search and of every sample.
         population: candidates per generation.
-        descent_steps: gradient steps before the search, which begins where they end (see `descent`); 0: it begins at
-            zero, as published.
+        imitation_samples: samples of whose attention is learned, before all else, what will be needed (see
+            `imitation`); 0: none.
+        imitation_heads: heads noted of each of them.
+        imitation_steps: gradient steps on what was noted.
+        descent_steps: gradient steps before the search, which begins where they end (see `descent`); 0: none. Without
+            imitation and descent the search begins at zero, as published.
         descent_samples: samples of a step.
         descent_rate: learning rate of the first steps; it falls to a twentieth along half a cosine.
         sigma: initial standard deviation of the candidates in every parameter.
@@ -63,6 +67,9 @@ class EvolutionConfig:
     hosts: tuple[str, ...] = ("smollm2-135m-instruct",)
     seed: int = 0
     population: int = 32
+    imitation_samples: int = 0
+    imitation_heads: int = 24
+    imitation_steps: int = 600
     descent_steps: int = 0
     descent_samples: int = 8
     descent_rate: float = 0.01
@@ -96,6 +103,7 @@ class EvolutionConfig:
         for name in (
             *("population", "generations", "samples", "samples_max", "questions", "normaliser_samples"),
             *("validate_every", "validation_samples", "workers", "rows_at_once", "descent_samples"),
+            *("imitation_heads", "imitation_steps"),
         ):
             _require(_is_count(getattr(self, name)), name, "an integer >= 1", self)
         stage = self.stage_generations
@@ -106,8 +114,9 @@ class EvolutionConfig:
         _require(self.samples >= 2, "samples", "at least 2", self)
         _require(self.samples_max >= self.samples, "samples_max", f"at least samples, {self.samples}", self)
         _require(type(self.seed) is int and self.seed >= 0, "seed", "an integer >= 0", self)
-        steps = self.descent_steps
-        _require(type(steps) is int and steps >= 0, "descent_steps", "an integer >= 0", self)
+        for name in ("imitation_samples", "descent_steps"):
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 0, name, "an integer >= 0", self)
         for name in ("sigma", "descent_rate"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, "a positive number", self)

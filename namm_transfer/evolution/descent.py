@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
+from namm_transfer.evolution.imitation import begun
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import progress_bar
 from namm_transfer.evolution.readers import Job, Readers
 from namm_transfer.evolution.relaxed import RelaxedReading
 from namm_transfer.files import replacing
-from namm_transfer.network import NAMM, NUM_PARAMETERS, unflatten
+from namm_transfer.network import NAMM
 
 __all__ = ["descend"]
 
@@ -47,6 +48,7 @@ def descend(
     folder: Path,
     journal: Journal,
     console: Console | None = None,
+    start: Tensor | None = None,
 ) -> np.ndarray:
     """Adam on relaxed readings of training documents; goes on with a descent that `folder` holds.
 
@@ -57,16 +59,15 @@ def descend(
         folder: for `descent.safetensors`, the state after the last step.
         journal: gets a record of each step.
         console: shows the progress.
+        start: [4172] where it begins; None for small random weights.
 
     Returns:
-        [4172] where it ended, or zeros if there is no step to take.
+        [4172] where it ended.
 
     Raises:
         DataError: the state cannot be read, or no sample of a step had a gradient.
     """
-    if not config.descent_steps:
-        return np.zeros(NUM_PARAMETERS)
-    vector = nn.Parameter(_begun(config))
+    vector = nn.Parameter(begun(config) if start is None else start.clone())
     adam = torch.optim.Adam([vector], betas=_MOMENTS, maximize=True)
     step = _resume(folder / _STATE, vector, adam)
     budgets = [str(budget) if budget else "threshold" for budget in dict.fromkeys(config.budgets)]
@@ -97,16 +98,6 @@ def descend(
             status = "  ".join(f"{name} {value:+.2f}" for name, value in zip(budgets, difference, strict=True))
             progress.update(task, completed=step, status=status)
     return vector.detach().double().numpy()
-
-
-def _begun(config: EvolutionConfig) -> Tensor:
-    """Small random weights: at zero the network's layers multiply to nothing, and most gradients with them."""
-    generator = torch.Generator().manual_seed(config.seed)
-    vector = torch.zeros(NUM_PARAMETERS)
-    weights = unflatten(vector.unsqueeze(0))
-    for part, deviation in ((weights.w_qkv, 0.2), (weights.w, 0.1), (weights.w_o, 0.05)):
-        part.copy_(torch.randn(part.shape, generator=generator) * deviation)
-    return vector
 
 
 def _mean_gradient(readings: Sequence[RelaxedReading]) -> Tensor:

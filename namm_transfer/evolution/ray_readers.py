@@ -14,7 +14,7 @@ import numpy as np
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.readers import Job, Outcome, Reader
-from namm_transfer.evolution.relaxed import RelaxedReading
+from namm_transfer.evolution.relaxed import Foresight, RelaxedReading
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics
 
@@ -78,6 +78,9 @@ class RayReaders:
 
     def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
         return list(self._pool.map(lambda worker, job: worker.differentiate.remote(job, namm), jobs))
+
+    def foresee(self, jobs: Sequence[Job], namm: NAMM) -> list[Foresight | None]:
+        return list(self._pool.map(lambda worker, job: worker.foresee.remote(job, namm), jobs))
 
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         wide = vectors.astype(np.float32)

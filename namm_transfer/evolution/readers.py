@@ -22,7 +22,7 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.page import Sample
 from namm_transfer.evolution.population import Condition, read_population, read_sample
-from namm_transfer.evolution.relaxed import RelaxedReading, read_relaxed
+from namm_transfer.evolution.relaxed import Foresight, RelaxedReading, foresee, read_relaxed
 from namm_transfer.evolution.tasks import SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
@@ -115,6 +115,12 @@ class Reader:
         budgets = tuple(dict.fromkeys(self.config.budgets))
         return read_relaxed(host.model, sample, condition, namm, budgets, self.config.price)
 
+    def foresee(self, job: Job, namm: NAMM) -> Foresight | None:
+        """What the job's sample needed of the tokens before its last decision."""
+        sample, condition, host = self.draw(job)
+        rng = np.random.default_rng([self.config.seed, *job.key, 1])
+        return foresee(host.model, sample, condition.update_interval, namm, self.config.imitation_heads, rng)
+
     def measure(self, job: Job, vectors: np.ndarray) -> FeatureStatistics:
         """The raw features of one sample under random candidates, a part of what the search meets at its beginning."""
         sample, condition, host = self.draw(job)
@@ -147,6 +153,10 @@ class Readers(Protocol):
         """Read each job's sample under a NAMM by each of the budgets, with its gradient; None where it has none."""
         ...
 
+    def foresee(self, jobs: Sequence[Job], namm: NAMM) -> list[Foresight | None]:
+        """What each job's sample needed of the tokens before its last decision; None where there is none."""
+        ...
+
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         """Features of the tokens of each job's sample, under random candidates [P, 4172]."""
         ...
@@ -174,6 +184,10 @@ def _read(job: Job, namm: NAMM, vectors: np.ndarray) -> Outcome:
 
 def _differentiate(job: Job, namm: NAMM) -> RelaxedReading | None:
     return _state["reader"].differentiate(job, namm)
+
+
+def _foresee(job: Job, namm: NAMM) -> Foresight | None:
+    return _state["reader"].foresee(job, namm)
 
 
 def _measure(job: Job, vectors: np.ndarray) -> FeatureStatistics:
@@ -216,6 +230,9 @@ class LocalReaders:
 
     def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
         return list(self._pool.map(_differentiate, jobs, [namm] * len(jobs)))
+
+    def foresee(self, jobs: Sequence[Job], namm: NAMM) -> list[Foresight | None]:
+        return list(self._pool.map(_foresee, jobs, [namm] * len(jobs)))
 
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
         return list(self._pool.map(_measure, jobs, [vectors.astype(np.float32)] * len(jobs)))

@@ -1,4 +1,4 @@
-"""A reading with a gradient: what the answers gain or lose when the scores of a decision change.
+"""Readings with a gradient: what the answers gain or lose when the scores of a decision change, or needed of it.
 
 Eviction is a step function of the scores, so its derivative says nothing. Here a token's place in the memory is a gate
 on its attention weight. Forward the gate is 1 or 0, exactly as the policy decides, so that the likelihoods are those of
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from namm_transfer.network import NAMM, scores, unflatten
 from namm_transfer.policies import NAMMPolicy
 from namm_transfer.scoring import LayerView
 
-__all__ = ["RelaxedReading", "read_relaxed"]
+__all__ = ["Foresight", "RelaxedReading", "foresee", "read_relaxed"]
 
 _LEAST = 1e-8
 
@@ -53,6 +54,22 @@ class RelaxedReading:
     difference: Tensor
     kept: Tensor
     gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What some heads could have known at a decision, and what they needed afterwards.
+
+    Attributes:
+        features: [J, N, 25] float16 the network's input for each of J heads.
+        needed: [J, N] float16 the highest attention that each token got from any query behind the decision.
+        weight: [J] float32 how much the answers depend on a head's memory (the sum of the magnitudes of their
+            log-likelihood's derivatives by its gates); 1 on average over all heads.
+    """
+
+    features: Tensor
+    needed: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -94,8 +111,7 @@ def read_relaxed(
     Raises:
         UnsupportedModelError: the model's attention is more than a softmax under a causal mask.
     """
-    interval, half = condition.update_interval, int(sample.targets[len(sample.targets) // 2])
-    seen = (half - 1) // interval * interval
+    seen = _last_decision(sample, condition.update_interval)
     if not seen:
         return None
     decision = _decision(model, sample, condition, namm, seen)
@@ -103,12 +119,54 @@ def read_relaxed(
     found = scores(unflatten(vector.unsqueeze(0)), decision.features, decision.lengths)
     gates, kept = zip(*(_gates(found, decision, budget) for budget in budgets), strict=True)
     with torch.no_grad():
-        full = _answers(model, sample, decision, decision.valid().float().unsqueeze(0))
-    difference = _answers(model, sample, decision, torch.stack(gates)) - full
+        full = _answers(model, sample, _GatedCache(decision, decision.valid().float().unsqueeze(0)))
+    difference = _answers(model, sample, _GatedCache(decision, torch.stack(gates))) - full
     paid = sum(part**2 for part, budget in zip(kept, budgets, strict=True) if budget is None)
     (difference.sum() - price * paid).backward()
     gradient = torch.zeros_like(vector) if vector.grad is None else vector.grad
     return RelaxedReading(difference.detach().double(), torch.stack(kept).detach().double(), gradient)
+
+
+def foresee(
+    model: PreTrainedModel, sample: Sample, update_interval: int, namm: NAMM, heads: int, rng: np.random.Generator
+) -> Foresight | None:
+    """Read a sample with nothing evicted, and note what its answers needed of the tokens before them.
+
+    Args:
+        model: a frozen causal LM whose attention is `"namm"`.
+        sample: what to read.
+        update_interval: tokens between two decisions; the one looked at is the last before half of the answers.
+        namm: gives the feature normaliser.
+        heads: how many of the model's KV heads to note.
+        rng: draws them.
+
+    Returns:
+        None if the sample has no decision before half of its answers.
+
+    Raises:
+        UnsupportedModelError: the model's attention is more than a softmax under a causal mask.
+    """
+    seen = _last_decision(sample, update_interval)
+    if not seen:
+        return None
+    decision = _decision(model, sample, Condition(None, seen), namm, seen)  # the first and only one
+    gates = decision.valid().float().unsqueeze(0).requires_grad_()
+    cache = _GatedCache(decision, gates)
+    _answers(model, sample, cache).sum().backward()
+    effect = torch.zeros_like(gates[0]) if gates.grad is None else gates.grad[0].abs()
+    weight = effect.sum(-1).flatten()
+    needed = torch.stack(cache.highest).flatten(0, 1)
+    chosen = torch.from_numpy(rng.permutation(len(weight))[:heads])
+    return Foresight(
+        decision.features.flatten(0, 1)[chosen].half(),
+        needed[chosen].half(),
+        (weight / weight.mean().clamp_min(_LEAST))[chosen],
+    )
+
+
+def _last_decision(sample: Sample, interval: int) -> int:
+    """Tokens seen at the last decision before half of the answers; 0 if there is none."""
+    return (int(sample.targets[len(sample.targets) // 2]) - 1) // interval * interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,14 +228,13 @@ def _gates(found: Tensor, decision: _Decision, budget: float | None) -> tuple[Te
     return gates, gates.sum() / (decision.seen * lengths.numel())
 
 
-def _answers(model: PreTrainedModel, sample: Sample, decision: _Decision, gates: Tensor) -> Tensor:
-    """Mean log-likelihood [C] of the answers behind the decision, under gates [C, L, K, N]."""
-    ids, seen = sample.input_ids.to(model.device), decision.seen
+def _answers(model: PreTrainedModel, sample: Sample, cache: _GatedCache) -> Tensor:
+    """Mean log-likelihood [C] of the answers behind the decision."""
+    ids, seen, rows = sample.input_ids.to(model.device), cache.get_seq_length(), cache.rows
     targets = sample.targets[sample.targets > seen].to(model.device)
-    rows = len(gates)
     logits = model(
         input_ids=ids[seen:].expand(rows, -1),
-        past_key_values=_GatedCache(decision, gates),
+        past_key_values=cache,
         use_cache=True,
         logits_to_keep=targets - 1 - seen,
     ).logits
@@ -186,11 +243,17 @@ def _answers(model: PreTrainedModel, sample: Sample, decision: _Decision, gates:
 
 
 class _GatedCache(Cache):
-    """The tokens before a decision, behind gates; it takes the tokens behind it in one call, and keeps nothing."""
+    """The tokens before a decision, behind gates [C, L, K, N]; it takes the tokens behind it in one call.
+
+    Attributes:
+        rows: C.
+        highest: of each layer read, [K, N] the highest attention that a token before the decision got in row 0.
+    """
 
     def __init__(self, decision: _Decision, gates: Tensor) -> None:
         super().__init__(layers=[])
         self._decision, self._gates = decision, gates
+        self.rows, self.highest = len(gates), list[Tensor]()
         self._pending: Tensor | None = None
         self._layer = 0
 
@@ -234,6 +297,7 @@ class _GatedCache(Cache):
         old, new = (old - highest).exp(), (new - highest).exp()
         gated = _through(old, self._gates[:, self._layer].unsqueeze(2), new)
         total = gated.sum(-1, keepdim=True) + new.sum(-1, keepdim=True)
+        self.highest.append((gated[0] / total[0]).detach().amax(1))
         out = (gated / total).to(value.dtype) @ past_values + (new / total).to(value.dtype) @ value
         return out.reshape(rows, heads, count, -1)
 

@@ -1,4 +1,4 @@
-"""A whole evolution: normaliser, descent, search, choice of what is deployed, calibration of its threshold.
+"""A whole evolution: normaliser, imitation, descent, search, choice of what is deployed, calibration of its threshold.
 
 Shape legend: P candidates, S samples, D = 4172 parameters.
 """
@@ -22,6 +22,7 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.curves import draw_curves
 from namm_transfer.evolution.descent import descend
 from namm_transfer.evolution.fitness import agreement, kept_by_threshold, samples_due, standardised, utilities
+from namm_transfer.evolution.imitation import imitate
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
 from namm_transfer.evolution.readers import Job, LocalReaders, Outcome, Readers
@@ -36,7 +37,7 @@ BEST = "best"
 """Folder of the best NAMM validated so far, its threshold as evolved."""
 
 # First entries of the keys that samples are made from: what one purpose draws, no other draws (3: calibration,
-# 5: descent).
+# 5: descent, 6: imitation).
 _SEARCH, _VALIDATION, _NORMALISER = 1, 2, 4
 
 
@@ -105,7 +106,7 @@ def run_evolution(
     with _readers(config, executor or {}) as readers:
         journal = _begin(config, folder)
         normaliser = _normaliser(config, readers, journal)
-        search = Search(descend(config, readers, normaliser, folder, journal, console), config)
+        search = Search(_start(config, readers, normaliser, folder, journal, console), config)
 
         def evaluate(generation: int, candidates: np.ndarray) -> Evaluation:
             done = journal.of("generation")
@@ -225,6 +226,18 @@ def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> 
         feature_mean=torch.tensor(record["mean"]),
         feature_var=torch.tensor(record["var"]),
     )
+
+
+def _start(
+    config: EvolutionConfig, readers: Readers, namm: NAMM, folder: Path, journal: Journal, console: Console | None
+) -> np.ndarray:
+    """[4172] where the search begins: at zero, or where imitation and descent end."""
+    start = None
+    if config.imitation_samples:
+        start = imitate(config, readers, namm, folder, journal, console)
+    if config.descent_steps:
+        return descend(config, readers, namm, folder, journal, console, start)
+    return np.zeros(NUM_PARAMETERS) if start is None else start.double().numpy()
 
 
 def _validation(outcomes: Sequence[Outcome], row: int) -> dict[str, Any]:

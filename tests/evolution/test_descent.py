@@ -77,9 +77,11 @@ def test_seeds_differ(tmp_path: Path) -> None:
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
-def test_without_steps_it_is_zero(tmp_path: Path) -> None:
-    assert not run(tmp_path, Bowl(), replace(CONFIG, descent_steps=0)).any()
-    assert not (tmp_path / "descent.safetensors").exists()
+def test_it_begins_where_it_is_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", CONFIG.identity())
+    config = replace(CONFIG, descent_steps=1, descent_rate=1e-9)
+    found = descend(config, cast(Readers, Bowl()), NAMM(), tmp_path, journal, start=GOAL)
+    np.testing.assert_allclose(found, GOAL, atol=1e-6)
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
