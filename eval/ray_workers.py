@@ -34,12 +34,13 @@ def ray_workers(executor: Mapping[str, Any], jobs: Iterable[Job]) -> Iterator[Ro
     needs = {"num_cpus": executor.get("cpus_per_worker", 1), "num_gpus": executor.get("gpus_per_worker", 0)}
     remote: Any = ray.remote(num_returns="streaming", max_retries=3, **needs)(_rows)
     try:
-        streams = [remote.remote(job, torch.get_num_threads()) for job in jobs]
+        streams: list[Any] = [remote.remote(job, torch.get_num_threads()) for job in jobs]
         while streams:
             ready, _ = ray.wait(streams, timeout=1.0, fetch_local=False)
-            for stream in ready:
+            for stream in list[Any](ready):
                 try:
-                    yield ray.get(next(stream))
+                    row: Any = ray.get(next(stream))
+                    yield row
                 except StopIteration:
                     streams.remove(stream)
     except ray.exceptions.RayTaskError as error:
