@@ -122,7 +122,6 @@ def test_what_a_worker_raises_is_raised_here(config, tmp_path):
     config["policies"] = {"full": {"name": "full"}}
     config["tasks"]["one"]["model"] = None
     run = Run(config | {"executor": {"workers": 2}}, tmp_path / "run")
-    (HERE / "fake_task.py").stat()
     run.config["tasks"]["two"]["clips"] = 0  # found out only where it is built again
     with pytest.raises(ConfigError, match="clips is 0; expected at least 1"):
         run(CONSOLE)
@@ -134,8 +133,9 @@ def test_a_number_of_workers_that_is_none(workers):
         use_workers({"workers": workers})
 
 
-def test_ray_finds_the_same_though_a_worker_dies(config, alone, tmp_path):
+def test_ray_finds_the_same_though_a_worker_dies(config, alone, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)  # its workers look for modules here first, and a checkout is no installed package
     marker = tmp_path / "died"
     config["tasks"]["one"] |= {"_target_": "fake_task.DyingTask", "marker": str(marker)}
     Run(config | {"executor": {"name": "ray", "workers": None}}, tmp_path / "run")(CONSOLE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from namm_transfer import NAMM
-from namm_transfer.evolution.control import shuffled
+from namm_transfer.eval.language.control import shuffled
 from namm_transfer.network import unflatten
 
 

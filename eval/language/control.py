@@ -1,6 +1,6 @@
 """A NAMM that learned nothing, to tell what is learned from what the architecture alone does.
 
-    python -P -m namm_transfer.evolution.control --namm default --kept 0.5 --out random
+    python -P -m namm_transfer.eval.language.control --namm default --kept 0.5 --out random
 
 Its parameters are those of a trained one, shuffled within each layer: the same values, so scores of the same scale, in
 meaningless places. Normaliser and kept fraction are the trained one's.
