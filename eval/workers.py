@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
-import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +21,7 @@ from namm_transfer.eval.results import Row
 from namm_transfer.eval.task import BASELINES, Task
 from namm_transfer.network import NAMM
 from namm_transfer.policies import Policy, policy
+from namm_transfer.processes import end_with_parent
 
 __all__ = ["Job", "Workers", "build_policy", "build_task", "rows_of", "use_workers"]
 
@@ -124,11 +123,13 @@ def _task(settings: str) -> Task:
 
 def _processes(workers: int, jobs: Iterable[Job]) -> Iterator[Row]:
     """Raises what a job raised, once the rows that were finished before it are handed out."""
+    if not (todo := list(jobs)):
+        return
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         rows = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start, (rows, torch.get_num_threads())) as pool:
-            futures = [pool.submit(_put_rows, job) for job in jobs]
+            futures = [pool.submit(_put_rows, job) for job in todo]
             try:
                 yield from _until_done(rows, futures)
             finally:
@@ -158,16 +159,9 @@ _queue: list[Any] = []
 
 
 def _start(rows: Any, threads: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _queue.append(rows)
-
-
-def _end_with_parent() -> None:
-    """A worker of a run that was killed would go on for nobody."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def _put_rows(job: Job) -> None:

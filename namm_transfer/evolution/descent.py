@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from namm_transfer.errors import DataError
+from namm_transfer.evolution.calibration import with_vector
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.imitation import begun
 from namm_transfer.evolution.journal import Journal
@@ -77,7 +78,7 @@ def descend(
             started = time.monotonic()
             numbers = range(step * config.descent_samples, (step + 1) * config.descent_samples)
             jobs = [Job("train", (_DESCENT, i), i, len(config.kinds)) for i in numbers]
-            here = NAMM.from_vector(vector.detach(), feature_mean=namm.feature_mean, feature_var=namm.feature_var)
+            here = with_vector(namm, vector.detach().numpy())
             readings = [found for found in readers.differentiate(jobs, here) if found is not None]
             if not readings:
                 raise DataError(f"none of {len(jobs)} samples has a decision before half of its answers")

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from namm_transfer.evolution.tasks import SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics, policy
+from namm_transfer.processes import end_with_parent
 
 __all__ = ["Job", "LocalReaders", "Outcome", "Reader", "Readers"]
 
@@ -167,15 +166,8 @@ _state: dict[str, Reader] = {}
 
 
 def _start(config: EvolutionConfig, device: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _state["reader"] = Reader(config, device)
-
-
-def _end_with_parent() -> None:
-    """A worker of a search that was killed would wait for jobs for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
 
 
 def _read(job: Job, namm: NAMM, vectors: np.ndarray) -> Outcome:

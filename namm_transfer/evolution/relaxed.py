@@ -297,8 +297,9 @@ class _GatedCache(Cache):
         old, new = (old - highest).exp(), (new - highest).exp()
         gated = _through(old, self._gates[:, self._layer].unsqueeze(2), new)
         total = gated.sum(-1, keepdim=True) + new.sum(-1, keepdim=True)
-        self.highest.append((gated[0] / total[0]).detach().amax(1))
-        out = (gated / total).to(value.dtype) @ past_values + (new / total).to(value.dtype) @ value
+        share = gated / total
+        self.highest.append(share[0].detach().amax(1))
+        out = share.to(value.dtype) @ past_values + (new / total).to(value.dtype) @ value
         return out.reshape(rows, heads, count, -1)
 
 
