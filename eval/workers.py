@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from namm_transfer.eval.results import Row
 from namm_transfer.eval.task import BASELINES, Task
 from namm_transfer.network import NAMM
 from namm_transfer.policies import Policy, policy
-from namm_transfer.processes import end_with_parent
+from namm_transfer.processes import end_with_parent, worker_context
 
 __all__ = ["Job", "Workers", "build_policy", "build_task", "rows_of", "use_workers"]
 
@@ -125,7 +124,7 @@ def _processes(workers: int, jobs: Iterable[Job]) -> Iterator[Row]:
     """Raises what a job raised, once the rows that were finished before it are handed out."""
     if not (todo := list(jobs)):
         return
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(__name__)
     with context.Manager() as manager:
         rows = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start, (rows, torch.get_num_threads())) as pool:

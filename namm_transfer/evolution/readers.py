@@ -6,7 +6,6 @@ Shape legend: P candidates, S samples.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from namm_transfer.evolution.tasks import SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics, policy
-from namm_transfer.processes import end_with_parent
+from namm_transfer.processes import end_with_parent, worker_context
 
 __all__ = ["Job", "LocalReaders", "Outcome", "Reader", "Readers"]
 
@@ -203,7 +202,7 @@ class LocalReaders:
             load_host(host)
         self._pool = ProcessPoolExecutor(
             config.workers,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=worker_context(__name__),
             initializer=_start,
             initargs=(config, device),
         )

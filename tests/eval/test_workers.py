@@ -104,18 +104,15 @@ def test_a_worker_that_is_killed_loses_no_row(config, alone, tmp_path):
 
 
 def workers():
-    """Processes that evaluate: children of this one that were spawned as members of a pool."""
-    pids = []
+    """Processes that evaluate: forked from the server that is a child of this process."""
+    parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-            line = (status.parent / "cmdline").read_bytes()
+            parents[int(status.parent.name)] = int(status.read_text().rsplit(")", 1)[1].split()[1])
         except (OSError, ProcessLookupError):
             continue
-        # the manager of the queue is spawned first; it has the lowest number
-        if parent == os.getpid() and b"spawn_main" in line:
-            pids.append(int(status.parent.name))
-    return sorted(pids)[1:]
+    # the manager of the queue is forked first; it has the lowest number
+    return sorted(child for child, parent in parents.items() if parents.get(parent) == os.getpid())[1:]
 
 
 def test_what_a_worker_raises_is_raised_here(config, tmp_path):
