@@ -15,10 +15,12 @@ from namm_transfer.eval.results import OK, Row
 from namm_transfer.eval.statistics import Estimate, difference, mean, normalised
 from namm_transfer.files import replacing
 
-__all__ = ["Line", "as_json", "compare", "curves", "markdown"]
+__all__ = ["THRESHOLD", "Line", "as_json", "compare", "curves", "markdown"]
 
 _MATCHED = "-matched"
 """End of the names of columns whose budget is what the reference keeps by threshold."""
+THRESHOLD = "@"
+"""In the names of columns of another threshold than zero, before it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str = "full") -> None:
     """Score against kept fraction, a curve per policy over its budgets, with 95 % intervals.
 
-    A column without a budget (a NAMM by threshold, a baseline) is a point.
+    What has no budget (a NAMM by threshold, a baseline) is drawn as stars.
     """
     from matplotlib.figure import Figure  # slow to import, and no backend is touched this way
 
@@ -148,14 +150,15 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     by_name: dict[str, list[Line]] = {}
     for line in lines:
         if line.policy != full:
-            name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED)
+            name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED).partition(THRESHOLD)[0]
             by_name.setdefault(name, []).append(line)
     for number, (name, found) in enumerate(sorted(by_name.items())):
         curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
         colour, bold = f"C{number % 10}", name.startswith("namm")
-        for part, style in ((curve, "o-"), ([line for line in found if line.budget is None], "*")):
+        free = sorted((line for line in found if line.budget is None), key=lambda line: line.kept or 0)
+        for part, style in ((curve, "o-"), (free, "*:")):
             if part:
-                label = f"{name} by threshold" if style == "*" and curve else name
+                label = f"{name} by threshold" if style == "*:" and curve else name
                 axes.errorbar(
                     [line.kept if line.kept is not None else 1.0 for line in part],
                     [line.score.value for line in part],
@@ -163,7 +166,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
                     fmt=style,
                     color=colour,
                     lw=2 if bold else 1,
-                    ms=12 if style == "*" else 4,
+                    ms=12 if style == "*:" else 4,
                     capsize=2,
                     label=label,
                 )

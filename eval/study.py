@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from namm_transfer.errors import BudgetError, ConfigError
-from namm_transfer.eval.compare import as_json, compare, curves, markdown
+from namm_transfer.eval.compare import THRESHOLD, as_json, compare, curves, markdown
 from namm_transfer.eval.results import Row
 from namm_transfer.eval.runner import MATCHED, REFERENCE, Run
 from namm_transfer.eval.task import BASELINES
@@ -32,10 +32,18 @@ def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str
     return {"full": {"name": "full"}, **{name: {"name": name} for name in BASELINES}, **ranked}
 
 
-def columns_of_namm(name: str, namm: str, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """A NAMM by threshold, and by rank at every budget."""
-    ranked = {f"{name}-{budget}": {"name": "namm", "namm": namm, "budget": budget} for budget in budgets}
-    return {name: {"name": "namm", "namm": namm}, **ranked}
+def columns_of_namm(
+    name: str, namm: str | Mapping[str, Any], budgets: Sequence[float], thresholds: Sequence[float] = ()
+) -> dict[str, dict[str, Any]]:
+    """A NAMM by threshold, at zero and at others, and by rank at every budget.
+
+    The heads of a layer share a budget: a NAMM's scores mean the same in all of them, or one threshold could not serve.
+    """
+    options = {"namm": namm} if isinstance(namm, str) else namm
+    settings = {"name": "namm", "allocation": "per_layer", **options}
+    moved = {f"{name}{THRESHOLD}{threshold}": settings | {"threshold": threshold} for threshold in thresholds}
+    ranked = {f"{name}-{budget}": settings | {"budget": budget} for budget in budgets}
+    return {name: settings, **moved, **ranked}
 
 
 def columns_matched(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -47,8 +55,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     """Run what is missing, and write `table.md`, `table.json` and `curves.png`.
 
     Args:
-        config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id), `rules`, `budgets`,
-            `seed`, `executor`.
+        config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
+            policy), `thresholds`, `rules`, `budgets`, `seed`, `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -66,7 +74,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
             f"namms has the columns {bad}; expected names of letters, digits and underscores of their own"
         )
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
-    parts |= {name: columns_of_namm(name, namm, budgets) for name, namm in namms.items()}
+    parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts:
         parts[REFERENCE] |= columns_matched(config["rules"])
     shared = {key: config[key] for key in ("seed", "executor")}

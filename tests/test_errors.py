@@ -175,6 +175,9 @@ def test_the_namm_policy(make_namm) -> None:
         policy("namm", namm=make_namm(), statistics=3)
     with pytest.raises(ConfigError, match="eviction must be 'per_head' or 'reference'; got 'per-head'"):
         policy("namm", namm=make_namm(), eviction="per-head")
+    for threshold in ("0.5", True, math.inf):
+        with pytest.raises(ConfigError, match="threshold must be a finite number"):
+            policy("namm", namm=make_namm(), threshold=threshold)
 
 
 def test_nan_in_namm_parameters(make_namm) -> None:

@@ -6,7 +6,9 @@ Shape legend: R rows of a run, K KV heads, N retained tokens, t queries of a til
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -56,10 +58,11 @@ class FeatureStatistics:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NAMMPolicy(Policy):
-    """Evict what the NAMM scores below zero; or, with a budget, keep its best-scoring tokens.
+    """Evict what the NAMM scores below a threshold; or, with a budget, keep its best-scoring tokens.
 
     Attributes:
         namm: the network; frozen.
+        threshold: zero, where a NAMM was calibrated; higher keeps less. Of no effect with a budget.
         eviction: "per_head": each head of each row drops exactly its own negative tokens. "reference": as the
             published code does, every head of every row drops only as many as the one that drops fewest, lowest
             scores first. Of no effect with a budget.
@@ -71,6 +74,7 @@ class NAMMPolicy(Policy):
     observes: ClassVar[bool] = True
     optional_budget: ClassVar[bool] = True
     namm: NAMM
+    threshold: float = 0.0
     eviction: Eviction = "per_head"
     vectors: Tensor | None = None
     statistics: FeatureStatistics | None = None
@@ -81,6 +85,9 @@ class NAMMPolicy(Policy):
             raise ConfigError(f"policy 'namm' needs namm=NAMM, e.g. NAMM.from_pretrained('default'); got {self.namm!r}")
         if self.eviction not in ("per_head", "reference"):
             raise ConfigError(f"eviction must be 'per_head' or 'reference'; got {self.eviction!r}")
+        number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
+        if not number or not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold must be a finite number; got {self.threshold!r}")
         if self.vectors is not None and not isinstance(self.vectors, Tensor):
             raise ConfigError(f"vectors must be a tensor [rows, {NUM_PARAMETERS}]; got {type(self.vectors).__name__}")
         if self.statistics is not None and not isinstance(self.statistics, FeatureStatistics):
@@ -143,7 +150,7 @@ class NAMMPolicy(Policy):
         scores = self.scores(view)
         if self.budget is not None:
             return self.rank(view, scores)
-        keep = recent(view, scores, 1) >= 0
+        keep = recent(view, scores, 1) >= self.threshold
         if self.eviction == "per_head":
             return keep
         drop = ~keep & view.valid()
@@ -153,6 +160,8 @@ class NAMMPolicy(Policy):
 
     def describe(self) -> dict[str, Any]:
         described = super().describe() | {"eviction": self.eviction, "namm": self.namm.fingerprint()}
+        if self.threshold:
+            described["threshold"] = float(self.threshold)
         if self.vectors is not None:
             described["vectors"] = hashlib.sha256(self.vectors.float().cpu().numpy().tobytes()).hexdigest()[:16]
         return described

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from namm_transfer.errors import BudgetError, ConfigError
@@ -25,6 +26,7 @@ def config(tmp_path, monkeypatch):
     return {
         "task": {"_target_": "fake_task.FakeTask", "name": "fake", "clips": 4},
         "namms": {"namm": str(tmp_path / "one")},
+        "thresholds": [],
         "rules": ["h2o", "random"],
         "budgets": [0.25, 0.5],
         "seed": 0,
@@ -65,6 +67,19 @@ def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
     assert len(asked) == 3
     assert all("'namm'" in line for line in asked)
     assert {"other", "other-0.25", "other-0.5", "namm", "full"} <= {row.policy for row in rows}
+
+
+def test_a_namm_is_given_options_and_thresholds(config, console, tmp_path):
+    config["namms"]["alike"] = {"namm": str(tmp_path / "two"), "allocation": "per_head"}
+    rows = study(config | {"thresholds": [-0.5, 0.5]}, tmp_path / "out", [], console)
+    columns = {name: OmegaConf.load(tmp_path / "out" / name / "config.yaml").policies for name in ("namm", "alike")}
+    assert list(columns["alike"]) == ["alike", "alike@-0.5", "alike@0.5", "alike-0.25", "alike-0.5"]
+    assert {column["allocation"] for column in columns["alike"].values()} == {"per_head"}
+    assert {column["allocation"] for name, column in columns["namm"].items() if "matched" not in name} == {"per_layer"}
+    assert [column.get("threshold") for column in columns["alike"].values()] == [None, -0.5, 0.5, None, None]
+    lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
+    assert lines["alike@0.5"]["budget"] is None
+    assert len(rows) == 8 * 18
 
 
 @pytest.mark.parametrize(
