@@ -87,8 +87,8 @@ def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") ->
     for name, column in columns.items():
         budget = column[units[0]].budget
         rival = references.get(None if name.endswith(_MATCHED) else budget)
-        if name == full or all(row.kept_at_updates is None for row in column.values()):
-            rival = None  # the full cache and baselines have no budget, and yet none of the threshold's
+        if name == full or THRESHOLD in name or all(row.kept_at_updates is None for row in column.values()):
+            rival = None  # no budget, and yet not that of the reference by its threshold
         lines.append(
             Line(
                 policy=name,
