@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from namm_transfer.adapters import adapt
 from namm_transfer.adapters.decision_transformer import DecisionTransformerHost
-from namm_transfer.errors import DataError
-from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, check_fits, load_host
+from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, check_fits, load_host, packaged_hosts
 from namm_transfer.eval.offline_rl.hub import fetch, hub_host
 from namm_transfer.eval.offline_rl.rollout import EpisodeRecord, make_envs, rollout
 from namm_transfer.eval.offline_rl.scores import score_fraction
@@ -70,8 +70,10 @@ class Episodes:
     The baseline `window` is the host's wrapper, which recomputes its last K timesteps at every step.
 
     Attributes:
-        model: `path` (a folder; `packaged`; `hub`, with `host` naming which), `device`, `update_interval`; and, where
-            they are to differ from the host's own, `normalisation` (a file) and `target_return`.
+        model: `path` (a folder; `packaged`, or a packaged host's name; `hub`, with `host` naming which), `device`,
+            `update_interval`; and, where they are to differ from the host's own, `normalisation` (a file),
+            `target_return`, and `window`, the K of the baseline. A memory has no window: it holds what it retained of
+            the whole episode.
     """
 
     name: str
@@ -81,7 +83,10 @@ class Episodes:
     baselines: tuple[str, ...] = ("window",)
 
     def __post_init__(self) -> None:
-        check_settings(self, self._stock, episodes=SEEDS)
+        check_settings(self, self._named, episodes=SEEDS)
+        window = self.model.get("window")
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ConfigError(f"{self.name}: window is {window!r}; expected an integer of at least 1, or null")
         if self.model["path"] != "packaged":
             _ = self._host  # what is wrong with it is said before another task spends hours
 
@@ -135,19 +140,22 @@ class Episodes:
             )
 
     @cached_property
-    def _stock(self) -> Path:
-        """What the host's folder is unless the settings name one."""
-        return fetch(hub_host(str(self.model.get("host"))).repository) if self.model["path"] == "hub" else PACKAGED_HOST
+    def _named(self) -> dict[str, Path]:
+        """The folders of what the settings may name instead of a folder."""
+        named = {"packaged": PACKAGED_HOST} | packaged_hosts()
+        if self.model["path"] == "hub":
+            named["hub"] = fetch(hub_host(str(self.model.get("host"))).repository)
+        return named
 
     @property
     def _folder(self) -> Path:
-        return host_folder(self.model, self._stock)
+        return host_folder(self.model, self._named)
 
     @cached_property
     def _host(self) -> tuple[Any, Any]:
         model, normalisation = load_host(
             self._folder, host=self.model.get("host"), normalisation=self.model.get("normalisation")
         )
-        if (target := self.model.get("target_return")) is not None:
-            normalisation = replace(normalisation, target_return=target)
+        given = {key: self.model.get(key) for key in ("target_return", "window")}
+        normalisation = replace(normalisation, **{key: value for key, value in given.items() if value is not None})
         return model.to(self.model["device"]), normalisation

@@ -94,7 +94,7 @@ def kept_at_updates(kept: float | None, policy: Policy) -> float | None:
     return kept if policy.evicts else 1.0
 
 
-def check_settings(task: Any, packaged: Path, **limits: int) -> None:
+def check_settings(task: Any, packaged: Path | Mapping[str, Path], **limits: int) -> None:
     """Check a task's model settings, and the named settings, each from 1 to its limit, before anything is run.
 
     Raises:
@@ -110,13 +110,19 @@ def check_settings(task: Any, packaged: Path, **limits: int) -> None:
     host_folder(task.model, packaged)
 
 
-def host_folder(model: Mapping[str, Any], packaged: Path) -> Path:
+def host_folder(model: Mapping[str, Any], packaged: Path | Mapping[str, Path]) -> Path:
     """The folder that a task's model settings name.
+
+    Args:
+        model: the settings; `path` is a folder, or a name.
+        packaged: what `packaged` stands for; or the folder of each name that is no path.
 
     Raises:
         CheckpointError: there is no such folder.
     """
-    folder = packaged if model["path"] in ("packaged", "hub") else Path(model["path"])
+    names = {"packaged": packaged} if isinstance(packaged, Path) else packaged
+    folder = names.get(model["path"], Path(model["path"]))
     if not folder.is_dir():
-        raise CheckpointError(f"no host model in {folder}: expected a folder, or model.path=packaged")
+        listed = " or ".join(f"model.path={name}" for name in names)
+        raise CheckpointError(f"no host model in {folder}: expected a folder, or {listed}")
     return folder

@@ -31,9 +31,9 @@ def test_the_main_job_compares_every_policy_at_the_matched_budget():
     assert set(config.policies) == {*names(), "window"}
     rules = set(names()) - {"full", "namm"}
     assert {name for name, settings in config.policies.items() if settings.get("budget") == "matched"} == rules
-    # The hosts of language and of D4RL are no packaged ones: they have to be fetched.
-    fetched = {task for task in TASKS if task.startswith("language/") or task in D4RL}
-    assert {task.name for task in config.tasks.values()} == {*TASKS} - fetched
+    # The hosts of language and of D4RL are no packaged ones: they have to be fetched. Those of v5 are a study's.
+    others = {task for task in TASKS if task.startswith(("language/", "offline_rl/v5/")) or task in D4RL}
+    assert {task.name for task in config.tasks.values()} == {*TASKS} - others
     assert all(column == settings.name for column, settings in config.policies.items())
 
 
@@ -51,6 +51,16 @@ def test_every_task_file_has_exactly_the_settings_of_its_class(task):
     assert set(settings) - {"_target_"} == own
     assert settings.name == task
     assert settings.model.update_interval % 16 == 0
+
+
+@pytest.mark.parametrize("data", ["expert", "medium", "medium-replay"])
+@pytest.mark.parametrize("environment", ["hopper", "halfcheetah", "walker2d"])
+def test_a_long_context_is_a_setting_of_the_same_weights(environment, data):
+    short, long = (compose("eval", [f"task=offline_rl/v5/{environment}-{data}{end}"]).task for end in ("", "-long"))
+    assert short.model.path == long.model.path == f"{environment}-v5-{data}"
+    assert (short.model.window, long.model.window) == (None, 64)
+    differing = {key for key, value in flatten(OmegaConf.to_container(short)) if OmegaConf.select(long, key) != value}
+    assert differing == {"name", "model.window", "model.update_interval"}
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def test_packaged_files_are_there() -> None:
     assets = Path(namm_transfer.eval.__path__[0]) / "assets"
     configs = Path(namm_transfer.configs.__path__[0])
     assert (weights / "model.safetensors").is_file()
-    for host in ("video_llm", "video_encoder", "dt_hopper"):
+    for host in ("video_llm", "video_encoder", "dt/hopper-v5-noise"):
         assert (assets / "hosts" / host / "model.safetensors").is_file(), host
     assert len(list((assets / "videos").rglob("*.mp4"))) >= 40
     assert (configs / "transfer.yaml").is_file()
-    assert sum(f.stat().st_size for f in (assets / "hosts").rglob("*") if f.is_file()) < 25e6
+    assert sum(f.stat().st_size for f in (assets / "hosts").rglob("*") if f.is_file()) < 26e6  # with nine more of 1.7e6
 
 
 @pytest.mark.parametrize("room", ROOMS)

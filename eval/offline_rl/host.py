@@ -17,7 +17,10 @@ from namm_transfer.eval.offline_rl.hub import HubHost, hub_host, read_card
 from namm_transfer.eval.offline_rl.scores import D4RL_REFERENCES, ReferenceReturns, ReturnSummary
 from namm_transfer.files import write_atomically
 
-PACKAGED_HOST = Path(__file__).parents[1] / "assets" / "hosts" / "dt_hopper"
+HOSTS = Path(__file__).parents[1] / "assets" / "hosts" / "dt"
+"""A packaged host is a folder in it: ENVIRONMENT-DATA."""
+PACKAGED_HOST = HOSTS / "hopper-v5-noise"
+"""The one that is meant where none is named: of an expert's episodes at four levels of noise."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OLD_BUFFERS = r"encoder\.h\.\d+\.attn\.(masked_)?bias"
 """Causal masks that files of old versions of transformers carry; they are no weights."""
@@ -72,13 +75,18 @@ class Normalisation:
         return ReferenceReturns(self.env_id, self.random.mean, self.behaviour.mean, "the host's own")
 
 
+def packaged_hosts() -> dict[str, Path]:
+    """The packaged decision transformers: their folders by name."""
+    return {folder.name: folder for folder in sorted(HOSTS.iterdir()) if folder.is_dir()}
+
+
 def load_host(
     path: Path | str | None = None, *, host: str | None = None, normalisation: Path | str | None = None
 ) -> tuple[DecisionTransformerModel, Normalisation]:
-    """Load a decision transformer in float32, in evaluation mode; without `path`, the packaged Hopper-v5 one.
+    """Load a decision transformer in float32, in evaluation mode; without `path`, the packaged `hopper-v5-noise`.
 
     Args:
-        path: a folder with `config.json` and the weights.
+        path: name of a packaged host, or a folder with `config.json` and the weights.
         host: the known host of the Hub (see `hub`) that the folder holds, whose numbers are packaged.
         normalisation: file to feed it by; by default `normalisation.json` of the folder, then the numbers of `host`,
             then those of the folder's model card.
@@ -87,7 +95,10 @@ def load_host(
         CheckpointError: a file is missing or unreadable, the weights do not fit the configuration, or the
             normalisation does not fit the model.
     """
-    folder = PACKAGED_HOST if path is None else Path(path)
+    packaged = packaged_hosts()
+    folder = PACKAGED_HOST if path is None else packaged.get(str(path), Path(path))
+    if not folder.is_dir():
+        raise CheckpointError(f"no decision transformer {str(path)!r}: no folder, and packaged are {[*packaged]}")
     if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in WEIGHTS):
         lacking = " or ".join(WEIGHTS) if (folder / "config.json").is_file() else "config.json"
         raise CheckpointError(

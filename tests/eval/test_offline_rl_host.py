@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from namm_transfer.errors import CheckpointError
-from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, load_host, save_host
+from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.offline_rl import host as hosts
+from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, load_host, packaged_hosts, save_host
 from namm_transfer.eval.offline_rl.measure import measure_agent
 from namm_transfer.eval.offline_rl.rollout import RandomAgent, make_envs
 from namm_transfer.eval.offline_rl.window import WindowAgent
+from namm_transfer.eval.rl_tasks import Episodes
 
 
 @pytest.fixture
@@ -32,6 +34,34 @@ def test_packaged_host_is_complete_and_small() -> None:
     assert normalisation.behaviour.n >= 50
     assert normalisation.random.n >= 50
     assert sum(file.stat().st_size for file in PACKAGED_HOST.iterdir()) < 3e6
+
+
+@pytest.mark.parametrize("name", packaged_hosts())
+def test_every_packaged_host_loads_by_its_name(name: str) -> None:
+    _, normalisation = load_host(name)
+    assert normalisation.env_id.lower() == "-".join(name.split("-")[:2])
+    assert normalisation.references.source == "the host's own"
+
+
+def test_an_unknown_name_is_told_what_there_is() -> None:
+    with pytest.raises(CheckpointError, match=r"no decision transformer 'hoper'.*packaged are \[.*'hopper-v5-noise'"):
+        load_host("hoper")
+    settings = {"path": "hoper", "device": "cpu", "update_interval": 48}
+    with pytest.raises(CheckpointError, match=r"no host model in hoper.*model\.path=hopper-v5-noise"):
+        Episodes("hopper", settings, 1)
+
+
+def test_a_task_names_its_host_and_the_window_of_the_baseline(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "HOSTS", copy.parent)
+    settings = {"path": "host", "device": "cpu", "update_interval": 48}
+    task = Episodes("hopper", settings, 1)
+    assert task.inputs() == Episodes("hopper", settings | {"path": "packaged"}, 1).inputs()  # the same files
+    assert task._host[1].window == 20
+    long = Episodes("hopper", settings | {"window": 64, "target_return": 9.0}, 1)
+    assert (long._host[1].window, long._host[1].target_return) == (64, 9.0)
+    for window in (0, True, "64"):
+        with pytest.raises(ConfigError, match="window is .*expected an integer of at least 1"):
+            Episodes("hopper", settings | {"window": window}, 1)
 
 
 def test_recorded_return_is_at_least_seventy_percent_of_the_behaviour_policys() -> None:
