@@ -162,6 +162,18 @@ def load_behaviour(path: Path) -> TQC:
     return TQC.load(path)
 
 
+def environment_of(folder: Path) -> str:
+    """The environment that the run in a folder was trained in.
+
+    Raises:
+        DataError: the folder holds no run of `train_behaviour`.
+    """
+    try:
+        return str(json.loads((folder / "config.json").read_text())["env_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} holds no run of `train behaviour`: config.json: {error!r}") from error
+
+
 def read_progress(folder: Path) -> list[dict[str, float]]:
     """Return the evaluations logged so far, oldest first."""
     path = folder / "progress.jsonl"

@@ -1,62 +1,73 @@
-"""Collect a behaviour policy's episodes at several noise levels.
+"""Collect a behaviour policy's episodes into a Minari data set, with Minari's own `DataCollector`.
 
 Shapes: E environments (rows), O observation width, A action width.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from namm_transfer.errors import ConfigError
+from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.offline_rl.behaviour import load_behaviour
-from namm_transfer.eval.offline_rl.claim import claim
-from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
-from namm_transfer.eval.offline_rl.rollout import make_envs, play
+from namm_transfer.eval.offline_rl.minari_data import MINARI, import_minari, open_minari
+from namm_transfer.eval.offline_rl.rollout import make_envs
 from namm_transfer.eval.provenance import digest
 
 if TYPE_CHECKING:
     from sbx import TQC
 
-RECORD = "collection.json"
+RECORD = "namm_transfer"
+"""Key of a data set's metadata that says what it was collected with."""
 
 
 @dataclass(frozen=True)
 class CollectionConfig:
-    """What to collect: at each noise level, whole episodes until they hold `timesteps_per_level` timesteps.
+    """What to collect: whole episodes until they hold `timesteps` timesteps, at each noise level if any are given.
 
-    A noise level is the standard deviation of Gaussian noise added to each action (Hopper's lie in [-1, 1]).
-    Noise spreads the returns and shows how to recover from states that the policy itself never visits.
+    Without noise levels the actions are drawn from the policy's own distribution. A noise level is the standard
+    deviation of Gaussian noise added to each deterministic action (they lie in [-1, 1]); noise spreads the returns and
+    shows how to recover from states that the policy itself never visits. `dataset` is the data set's id; Minari keeps
+    it in its own folder (MINARI_DATASETS_PATH).
     """
 
     policy: Path
-    output: Path
+    dataset: str
     env_id: str = "Hopper-v5"
-    noise_levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
-    timesteps_per_level: int = 100_000
-    num_envs: int = 32
+    timesteps: int = 200_000
+    noise_levels: tuple[float, ...] = ()
     seed: int = 10_000_000
 
     def __post_init__(self) -> None:
         levels = self.noise_levels
-        if not levels or not all(math.isfinite(x) and x >= 0 for x in levels) or len(set(levels)) < len(levels):
-            raise ConfigError(f"noise_levels is {levels}; expected distinct values >= 0")
-        for name in ("timesteps_per_level", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"CollectionConfig.{name} is {getattr(self, name)}; expected at least 1")
+        if not all(math.isfinite(x) and x >= 0 for x in levels) or len(set(levels)) < len(levels):
+            raise ConfigError(f"noise_levels is {levels}; expected distinct values >= 0, or none")
+        if self.timesteps < 1:
+            raise ConfigError(f"CollectionConfig.timesteps is {self.timesteps}; expected at least 1")
 
 
-class NoisyPolicyAgent:
-    """The behaviour policy's deterministic action plus Gaussian noise, clipped to [-1, 1]."""
+class BehaviourAgent:
+    """An `Agent` (see `rollout`) that acts as a behaviour policy does.
 
-    def __init__(self, policy: TQC, noise: float, generator: np.random.Generator) -> None:
+    Args:
+        policy: the policy.
+        noise: standard deviation of what is added to its deterministic actions; None: actions are drawn from its
+            distribution.
+        generator: of the noise.
+    """
+
+    def __init__(self, policy: TQC, noise: float | None, generator: np.random.Generator) -> None:
         self.policy, self.noise, self.generator = policy, noise, generator
 
     def reset(self, rows: NDArray[np.intp]) -> None:
@@ -64,50 +75,76 @@ class NoisyPolicyAgent:
 
     def act(self, observations: NDArray[np.floating], rewards: NDArray[np.floating]) -> NDArray[np.float32]:
         """Return actions [E, A] for observations [E, O]."""
-        actions, _ = self.policy.predict(observations.astype(np.float32), deterministic=True)
-        noise = self.noise * self.generator.standard_normal(actions.shape)
+        actions, _ = self.policy.predict(observations.astype(np.float32), deterministic=self.noise is not None)
+        noise = self.noise * self.generator.standard_normal(actions.shape) if self.noise else 0.0
         return np.clip(actions + noise, -1.0, 1.0).astype(np.float32)
 
 
-def episodes_file(level: float) -> str:
-    """Name of the file of a noise level: two decimals, or as many as it takes to tell it from any other level."""
-    short = f"{level:.2f}"
-    return f"noise-{short if float(short) == level else repr(float(level))}.npz"
+def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
+    """Collect a data set, whole or not at all, and return it as a source of episodes: `minari:ID`.
 
-
-def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> list[Path]:
-    """Collect one file of episodes a noise level; levels whose file exists are kept, so a run resumes.
-
-    What they were collected with is in `collection.json` beside them.
+    One that is there already is left as it is.
 
     Raises:
         CheckpointError: there is no behaviour policy.
-        ConfigError: the folder holds episodes of another configuration, or of an unknown one.
+        ConfigError: minari is not installed; gymnasium does not know the environment; or there is a data set of this
+            id that was collected with other settings, or by others.
+        DataError: the id is none.
     """
-    paths = [config.output / episodes_file(level) for level in config.noise_levels]
+    minari = import_minari()
+    make_envs(config.env_id, 1).close()  # says what is wrong with the environment, if anything is
     policy = load_behaviour(config.policy)
-    record = config.output / RECORD
-    if not record.exists() and (found := sorted(path.name for path in config.output.glob("noise-*.npz"))):
-        raise ConfigError(
-            f"{config.output} holds {', '.join(found)}, but no {RECORD} that says of what; use a new folder"
-        )
-    settings = asdict(config) | {"policy": digest(config.policy)}
-    claim(record, {key: value for key, value in settings.items() if key != "output"})
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("episodes", total=len(paths) * config.timesteps_per_level)
-        for index, (level, path) in enumerate(zip(config.noise_levels, paths, strict=True)):
-            if not path.exists():
-                agent = NoisyPolicyAgent(policy, level, np.random.default_rng([config.seed, index]))
-                envs = make_envs(config.env_id, config.num_envs)
-                kept: list[Episode] = []
-                timesteps = 0
-                for episode in play(agent, envs, count(config.seed + index * 1_000_000)):
-                    kept.append(episode)
-                    timesteps += episode.length
-                    bar.update(task, advance=episode.length)
-                    if timesteps >= config.timesteps_per_level:
-                        break
-                envs.close()
-                save_episodes(path, kept)
-            bar.update(task, completed=(index + 1) * config.timesteps_per_level)
-    return paths
+    settings = json.loads(json.dumps(asdict(config) | {"policy": digest(config.policy)}))  # tuples are lists there
+    if _is_there(config.dataset):
+        found = open_minari(config.dataset).storage.metadata.get(RECORD)
+        stored = json.loads(found) if isinstance(found, str) else {}
+        if stored != settings:
+            changed = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
+            raise ConfigError(
+                f"the Minari data set {config.dataset!r} is there, with other values of {', '.join(changed)}; give "
+                "another id, or delete it (minari delete ID)"
+            )
+        return f"{MINARI}{config.dataset}"
+    env = gymnasium.make(config.env_id, disable_env_checker=True)
+    with closing(minari.DataCollector(env)) as collector, Progress(disable=not progress) as bar:
+        levels = config.noise_levels or (None,)
+        task = bar.add_task(f"episodes of {config.dataset}", total=len(levels) * config.timesteps)
+        for index, level in enumerate(levels):
+            agent = BehaviourAgent(policy, level, np.random.default_rng([config.seed, index]))
+            timesteps = 0
+            for seed in count(config.seed + index * 1_000_000):
+                length = _play(collector, agent, seed)
+                timesteps += length
+                bar.update(task, advance=length)
+                if timesteps >= config.timesteps:
+                    break
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*`(code_permalink|author|author_email|eval_env)` is set to None")
+            dataset = collector.create_dataset(
+                config.dataset,
+                algorithm_name="TQC",
+                description=f"{config.env_id}: a behaviour policy's episodes, collected by namm-transfer",
+            )
+        dataset.storage.update_metadata({RECORD: json.dumps(settings)})
+    return f"{MINARI}{config.dataset}"
+
+
+def _is_there(dataset: str) -> bool:
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        parse_dataset_id(dataset)
+    except ValueError as error:
+        raise DataError(f"{dataset!r} is no id of a Minari data set, such as hopper/expert-v0: {error}") from error
+    return bool(get_dataset_path(dataset).exists())
+
+
+def _play(collector: Any, agent: BehaviourAgent, seed: int) -> int:
+    """Play an episode; returns its timesteps."""
+    observation, _ = collector.reset(seed=seed)
+    length, done = 0, False
+    while not done:
+        observation, _, terminated, truncated, _ = collector.step(agent.act(observation[None], np.zeros(1))[0])
+        length, done = length + 1, terminated or truncated
+    return length

@@ -67,6 +67,24 @@ class Episode:
         return np.cumsum(self.rewards[::-1])[::-1].copy()
 
 
+def best_return(episodes: Sequence[Episode], share: float) -> float:
+    """Mean return of the best episodes, as many as it takes to hold this share of all timesteps.
+
+    Raises:
+        DataError: there are no episodes.
+    """
+    if not episodes:
+        raise DataError("no episodes: there is no best return")
+    wanted = share * sum(episode.length for episode in episodes)
+    best, timesteps = [], 0
+    for episode in sorted(episodes, key=lambda one: one.return_raw, reverse=True):
+        best.append(episode.return_raw)
+        timesteps += episode.length
+        if timesteps >= wanted:
+            break
+    return float(np.mean(best))
+
+
 def save_episodes(path: Path, episodes: Sequence[Episode]) -> None:
     """Write episodes to one compressed npz file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +108,7 @@ def load_episodes(path: Path) -> list[Episode]:
         DataError: the file is missing, or an array in it is missing or of the wrong length.
     """
     if not path.is_file():
-        raise DataError(f"no episodes at {path}; collect_episodes writes them")
+        raise DataError(f"no episodes at {path}; save_episodes writes them")
     with np.load(path) as file:
         expected = {"seed", "length", "terminated", "truncated", "observations", "actions", "rewards"}
         if missing := expected - set(file.files):

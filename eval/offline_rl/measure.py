@@ -9,9 +9,11 @@ import numpy as np
 from rich.progress import Progress
 
 from namm_transfer.eval.offline_rl.behaviour import load_behaviour
-from namm_transfer.eval.offline_rl.collect import NoisyPolicyAgent
+from namm_transfer.eval.offline_rl.collect import BehaviourAgent
+from namm_transfer.eval.offline_rl.host import load_host
 from namm_transfer.eval.offline_rl.rollout import Agent, EpisodeRecord, RandomAgent, make_envs, rollout
 from namm_transfer.eval.offline_rl.scores import ReturnSummary, summarise_returns
+from namm_transfer.eval.offline_rl.window import WindowAgent
 
 
 def measure_agent(
@@ -29,17 +31,33 @@ def measure_agent(
     return sorted(records, key=lambda record: record.seed)
 
 
-def measure_references(
-    policy: Path, env_id: str, seeds: Sequence[int], num_envs: int, *, progress: bool = True
-) -> tuple[ReturnSummary, ReturnSummary]:
-    """Return the returns of the uniform random policy and of the behaviour policy without noise."""
-    envs = make_envs(env_id, num_envs)
+def measure_policy(
+    policy: Path | None, env_id: str, seeds: Sequence[int], num_envs: int, *, progress: bool = True
+) -> ReturnSummary:
+    """Return the returns of a behaviour policy without noise; without one, of the uniform random policy."""
     generator = np.random.default_rng(seeds[0])
-    agents: tuple[Agent, ...] = (
-        RandomAgent(envs, generator),
-        NoisyPolicyAgent(load_behaviour(policy), 0.0, generator),
-    )
-    envs.close()
-    played = (measure_agent(agent, env_id, seeds, num_envs, progress=progress) for agent in agents)
-    random, behaviour = (summarise_returns(record.return_raw for record in records) for records in played)
-    return random, behaviour
+    agent: Agent
+    if policy is None:
+        envs = make_envs(env_id, 1)
+        agent = RandomAgent(envs, generator)
+        envs.close()
+    else:
+        agent = BehaviourAgent(load_behaviour(policy), 0.0, generator)
+    records = measure_agent(agent, env_id, seeds, num_envs, progress=progress)
+    return summarise_returns(record.return_raw for record in records)
+
+
+def measure_host(
+    host: Path | None,
+    seeds: range,
+    num_envs: int,
+    *,
+    window: int | None = None,
+    target_return: float | None = None,
+    progress: bool = True,
+) -> ReturnSummary:
+    """Measure a host, as stored, under the window agent; by default its own window and target return."""
+    model, normalisation = load_host(host)
+    agent = WindowAgent(model, normalisation, num_envs, window=window, target_return=target_return)
+    records = measure_agent(agent, normalisation.env_id, seeds, num_envs, progress=progress)
+    return summarise_returns(record.return_raw for record in records)

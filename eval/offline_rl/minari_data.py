@@ -11,10 +11,39 @@ from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.offline_rl.episodes import Episode
 from namm_transfer.eval.offline_rl.scores import ReferenceReturns
 
-__all__ = ["load_minari", "minari_references"]
+__all__ = ["MINARI", "import_minari", "load_minari", "minari_references", "open_minari"]
+
+MINARI = "minari:"
+"""What a source of episodes begins with that is a Minari data set."""
 
 _FAULTS = (OSError, ValueError, KeyError, RuntimeError)
 """What Minari and h5py raise for data sets that are absent or damaged."""
+
+
+def import_minari() -> Any:
+    """The module.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise ConfigError("Minari's data sets need minari: pip install 'namm-transfer[minari]'") from error
+    return minari
+
+
+def open_minari(dataset_id: str, *, download: bool = False) -> Any:
+    """Minari's own object of a data set.
+
+    Raises:
+        ConfigError: minari is not installed.
+        DataError: there is no such data set, or it cannot be read.
+    """
+    try:
+        return import_minari().load_dataset(dataset_id, download=download)
+    except _FAULTS as error:
+        raise _unreadable(dataset_id, error) from error
 
 
 def load_minari(dataset_id: str, *, download: bool = False) -> list[Episode]:
@@ -32,7 +61,7 @@ def load_minari(dataset_id: str, *, download: bool = False) -> list[Episode]:
         DataError: there is no such data set, it cannot be read, its observations or actions are no plain vectors, or
             an episode's arrays do not fit each other, hold a value that is not finite, or end in its midst.
     """
-    dataset = _open(dataset_id, download)
+    dataset = open_minari(dataset_id, download=download)
     episodes = []
     for data in _iterate(dataset, dataset_id):
         where = f"{dataset_id}, episode {data.id}"
@@ -70,23 +99,12 @@ def minari_references(dataset_id: str) -> ReferenceReturns:
         ConfigError: minari is not installed.
         DataError: there is no such data set here, or it tells no references or no environment.
     """
-    dataset = _open(dataset_id, download=False)
+    dataset = open_minari(dataset_id)
     metadata, env_spec = dataset.storage.metadata, dataset.spec.env_spec
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if env_spec is None or low is None or high is None:
         raise DataError(f"{dataset_id} tells no environment, or no ref_min_score and ref_max_score")
     return ReferenceReturns(env_spec.id, float(low), float(high), f"Minari, {dataset_id}")
-
-
-def _open(dataset_id: str, download: bool) -> Any:
-    try:
-        import minari
-    except ImportError as error:
-        raise ConfigError("reading Minari's data sets needs minari: pip install 'namm-transfer[minari]'") from error
-    try:
-        return minari.load_dataset(dataset_id, download=download)
-    except _FAULTS as error:
-        raise _unreadable(dataset_id, error) from error
 
 
 def _iterate(dataset: Any, dataset_id: str) -> Iterator[Any]:

@@ -7,15 +7,13 @@ from pathlib import Path
 from namm_transfer.errors import DataError
 from namm_transfer.eval.offline_rl.d4rl_data import load_d4rl
 from namm_transfer.eval.offline_rl.episodes import Episode, load_episodes
-from namm_transfer.eval.offline_rl.minari_data import load_minari
+from namm_transfer.eval.offline_rl.minari_data import MINARI, load_minari
 
 __all__ = ["read_episodes"]
 
-MINARI = "minari:"
-
 
 def read_episodes(source: Path | str) -> list[Episode]:
-    """Read `FILE.npz` (of `collect_episodes`), `FILE.hdf5` (D4RL's) or `minari:DATASET`.
+    """Read `FILE.npz` (of `save_episodes`), `FILE.hdf5` (D4RL's) or `minari:DATASET`.
 
     Raises:
         ConfigError: the library that reads it is not installed.

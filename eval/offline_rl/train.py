@@ -19,12 +19,14 @@ from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.offline_rl.batches import Batch, WindowSampler
+from namm_transfer.eval.offline_rl.behaviour import environment_of
+from namm_transfer.eval.offline_rl.data import DATA, data_of, policy_of, return_to_ask
 from namm_transfer.eval.offline_rl.episodes import Episode
-from namm_transfer.eval.offline_rl.host import Normalisation, load_host, save_host
-from namm_transfer.eval.offline_rl.measure import measure_agent, measure_references
-from namm_transfer.eval.offline_rl.scores import ReturnSummary, summarise_returns
+from namm_transfer.eval.offline_rl.host import Normalisation, save_host
+from namm_transfer.eval.offline_rl.measure import measure_host, measure_policy
+from namm_transfer.eval.offline_rl.scores import ReturnSummary
 from namm_transfer.eval.offline_rl.sources import read_episodes
-from namm_transfer.eval.offline_rl.window import WindowAgent
+from namm_transfer.eval.provenance import digest
 from namm_transfer.files import replacing, write_atomically
 
 
@@ -32,17 +34,20 @@ from namm_transfer.files import replacing, write_atomically
 class TrainingConfig:
     """How to train. Lengths are in timesteps (three tokens each); returns are raw.
 
+    `behaviour` is the folder of the behaviour run; scores are measured against its best policy. What is learned from
+    is `data` of it (see `data`), of which a policy's episodes are collected first, `data_timesteps` long; or
+    `episodes`, files or data sets (see `sources`). `folder` receives the checkpoint, `host` the finished model.
     `contexts` pairs a window length with its share of the steps. Every step sees `timesteps_per_step`
-    timesteps, whatever the length. `target_return` is what the host will ask for: by default the behaviour
-    policy's mean return. `episodes` are files or data sets (see `sources`); `folder` receives the checkpoint, `host`
-    the finished model.
+    timesteps, whatever the length. `target_return` is what the host will ask for: by default what `return_to_ask` of
+    `data` says, for other episodes the best policy's mean return.
     """
 
-    policy: Path
-    episodes: tuple[Path, ...]
+    behaviour: Path
     folder: Path
     host: Path
-    env_id: str = "Hopper-v5"
+    data: str | None = None
+    data_timesteps: int = 200_000
+    episodes: tuple[Path, ...] = ()
     steps: int = 1_500
     contexts: tuple[tuple[int, float], ...] = ((20, 0.5), (64, 0.2), (128, 0.15), (256, 0.15))
     timesteps_per_step: int = 2_560
@@ -64,23 +69,38 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if (self.data is None) == (not self.episodes):
+            raise ConfigError(f"give either data, one of {', '.join(DATA)}, or episodes, a list of files or data sets")
+        if self.data is not None and self.data not in DATA:
+            raise ConfigError(f"data is {self.data!r}; expected one of {', '.join(DATA)}")
         shares = [share for _, share in self.contexts]
         if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"the shares of contexts {self.contexts} have to be >= 0 and add up to 1")
         if min(length for length, _ in self.contexts) < 1:
             raise ConfigError(f"contexts {self.contexts} holds a length below 1 timestep")
-        for name in ("steps", "timesteps_per_step", "checkpoint_every", "window", "max_episode_length"):
+        for name in (
+            "steps",
+            "data_timesteps",
+            "timesteps_per_step",
+            "checkpoint_every",
+            "window",
+            "max_episode_length",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"TrainingConfig.{name} is {getattr(self, name)}; expected at least 1")
 
 
 def train_decision_transformer(config: TrainingConfig, *, progress: bool = True) -> Path:
-    """Train, or go on training, measure the result and return the host's folder.
+    """Collect what is to be learned from, train, or go on training, measure the result and return the host's folder.
 
     Writes `host` (weights, config.json, normalisation.json, training.json) and `folder`/checkpoint.pt, from
     which an interrupted run goes on as if it had not been interrupted.
     """
-    episodes = [episode for path in config.episodes for episode in read_episodes(path)]
+    env_id = environment_of(config.behaviour)
+    sources: tuple[Path | str, ...] = config.episodes
+    if config.data is not None:
+        sources = (data_of(config.behaviour, config.data, config.data_timesteps, progress=progress),)
+    episodes = [episode for source in sources for episode in read_episodes(source)]
     longest = max(episode.length for episode in episodes)
     if longest > config.max_episode_length:
         raise ConfigError(f"an episode has {longest} timesteps; max_episode_length is {config.max_episode_length}")
@@ -88,38 +108,28 @@ def train_decision_transformer(config: TrainingConfig, *, progress: bool = True)
     model, losses, seconds = _fit(config, sampler, progress)
     seeds = range(20_000_000, 20_000_000 + config.evaluation_episodes)  # no episode of the data has these
     num_envs = config.evaluation_episodes
-    random, behaviour = measure_references(config.policy, config.env_id, seeds, num_envs, progress=progress)
+    random, behaviour = (
+        measure_policy(policy, env_id, seeds, num_envs, progress=progress)
+        for policy in (None, policy_of(config.behaviour))
+    )
+    target = behaviour.mean if config.target_return is None else config.target_return
+    if config.target_return is None and config.data not in (None, "expert"):
+        target = return_to_ask(config.behaviour, config.data, episodes, seeds, num_envs, progress=progress)
     normalisation = Normalisation(
-        env_id=config.env_id,
+        env_id=env_id,
         state_mean=tuple(sampler.mean.tolist()),
         state_std=tuple(sampler.std.tolist()),
         return_scale=config.return_scale,
         window=config.window,
-        target_return=behaviour.mean if config.target_return is None else config.target_return,
+        target_return=target,
         random=random,
         behaviour=behaviour,
     )
     save_host(config.host, model, normalisation)
     result = measure_host(config.host, seeds, num_envs, progress=progress)
     returns = {"random": random, "behaviour": behaviour, "window": result}
-    _write_record(config, episodes, losses, seconds, returns)
+    _write_record(config, normalisation, episodes, losses, seconds, returns)
     return config.host
-
-
-def measure_host(
-    host: Path | None,
-    seeds: range,
-    num_envs: int,
-    *,
-    window: int | None = None,
-    target_return: float | None = None,
-    progress: bool = True,
-) -> ReturnSummary:
-    """Measure a host, as stored, under the window agent; by default its own window and target return."""
-    model, normalisation = load_host(host)
-    agent = WindowAgent(model, normalisation, num_envs, window=window, target_return=target_return)
-    records = measure_agent(agent, normalisation.env_id, seeds, num_envs, progress=progress)
-    return summarise_returns(record.return_raw for record in records)
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -220,27 +230,30 @@ def _new_model(config: TrainingConfig, sampler: WindowSampler) -> DecisionTransf
 
 def _settings(config: TrainingConfig) -> str:
     """What a checkpoint depends on, as text: not the places, nor what is only measured afterwards."""
-    neutral = replace(config, policy=Path(), folder=Path(), host=Path(), window=1, target_return=None)
+    neutral = replace(config, behaviour=Path(), folder=Path(), host=Path(), window=1, target_return=None)
     fields = asdict(replace(neutral, evaluation_episodes=1))
     fields["episodes"] = [path.name for path in config.episodes]
+    fields["behaviour"] = digest(policy_of(config.behaviour))
     return json.dumps(fields, default=str, sort_keys=True)
 
 
 def _write_record(
     config: TrainingConfig,
+    normalisation: Normalisation,
     episodes: list[Episode],
     losses: list[dict[str, float]],
     seconds: float,
     results: dict[str, ReturnSummary],
 ) -> None:
     """Write training.json: settings, data, loss and measured returns; no paths, which are a machine's."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("policy", "episodes", "folder", "host")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("behaviour", "episodes", "folder", "host")}
+    settings |= {"env_id": normalisation.env_id, "target_return": normalisation.target_return}
     returns = np.array([episode.return_raw for episode in episodes])
     quantiles = np.quantile(returns, (0, 0.25, 0.5, 0.75, 1)).tolist()
     record = {
         "settings": settings,
         "data": {
-            "files": [path.name for path in config.episodes],
+            "files": [path.name for path in config.episodes] or [config.data],
             "episodes": len(episodes),
             "timesteps": int(sum(episode.length for episode in episodes)),
             "return_raw_quantiles": dict(zip(("min", "25%", "50%", "75%", "max"), quantiles, strict=True)),

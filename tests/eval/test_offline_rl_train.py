@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -12,10 +11,9 @@ import pytest
 import torch
 
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
-from namm_transfer.eval.offline_rl import collect, train
+from namm_transfer.eval.offline_rl import train
 from namm_transfer.eval.offline_rl.batches import WindowSampler
 from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, replayed, train_behaviour
-from namm_transfer.eval.offline_rl.collect import CollectionConfig
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.eval.offline_rl.train import TrainingConfig
 
@@ -66,7 +64,7 @@ def test_no_episodes_no_sampler() -> None:
 def config(tmp_path: Path) -> TrainingConfig:
     save_episodes(tmp_path / "data.npz", EPISODES)
     return TrainingConfig(
-        policy=tmp_path / "policy.zip",
+        behaviour=tmp_path / "behaviour",
         episodes=(tmp_path / "data.npz",),
         folder=tmp_path / "run",
         host=tmp_path / "host",
@@ -130,25 +128,32 @@ def test_learning_rate_warms_up_and_ends_near_zero(config: TrainingConfig) -> No
 
 
 def test_episode_longer_than_the_model_is_refused(config: TrainingConfig) -> None:
+    config.behaviour.mkdir()
+    (config.behaviour / "config.json").write_text('{"env_id": "Hopper-v5"}')
     with pytest.raises(ConfigError, match="50 timesteps; max_episode_length is 49"):
         train.train_decision_transformer(replace(config, max_episode_length=49), progress=False)
 
 
 @pytest.mark.parametrize(
-    "change", [{"contexts": ((20, 0.5),)}, {"contexts": ((0, 1.0),)}, {"contexts": ()}, {"steps": 0}]
+    "change",
+    [
+        {"contexts": ((20, 0.5),)},
+        {"contexts": ((0, 1.0),)},
+        {"contexts": ()},
+        {"steps": 0},
+        {"data": "expert"},  # beside episodes
+        {"data": "good", "episodes": ()},
+        {"episodes": ()},
+    ],
 )
 def test_impossible_settings_are_refused(config: TrainingConfig, change: dict) -> None:
     with pytest.raises(ConfigError):
         replace(config, **change)
 
 
-def test_behaviour_and_collection_settings_are_checked(tmp_path: Path) -> None:
+def test_behaviour_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="timesteps is 0"):
         BehaviourConfig(output=tmp_path, timesteps=0)
-    with pytest.raises(ConfigError, match="noise_levels"):
-        CollectionConfig(policy=tmp_path, output=tmp_path, noise_levels=(0.1, 0.1))
-    with pytest.raises(ConfigError, match="num_envs is 0"):
-        CollectionConfig(policy=tmp_path, output=tmp_path, num_envs=0)
 
 
 def test_behaviour_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -179,48 +184,6 @@ def test_a_replay_buffer_becomes_its_whole_episodes() -> None:
         buffer.add(place, place, place, np.zeros(1), np.zeros(1), [{}])
     with pytest.raises(DataError, match="which is full"):
         replayed(buffer)
-
-
-@pytest.fixture
-def collecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CollectionConfig:
-    """A collection whose policy is a file that nobody reads, and whose episodes are made up."""
-    (tmp_path / "policy.zip").write_bytes(b"weights")
-    monkeypatch.setattr(collect, "load_behaviour", lambda path: None)
-    monkeypatch.setattr(collect, "make_envs", lambda *args: SimpleNamespace(close=lambda: None))
-    monkeypatch.setattr(
-        collect, "play", lambda agent, envs, seeds: (make_episode(next(seeds) % 7 + 3) for _ in range(9))
-    )
-    return CollectionConfig(
-        policy=tmp_path / "policy.zip", output=tmp_path / "data", noise_levels=(0.1, 0.001, 0.0), timesteps_per_level=12
-    )
-
-
-def test_every_noise_level_has_a_file_and_a_run_resumes(collecting: CollectionConfig) -> None:
-    paths = collect.collect_episodes(collecting, progress=False)
-    assert [path.name for path in paths] == ["noise-0.10.npz", "noise-0.001.npz", "noise-0.00.npz"]
-    kept = [path.read_bytes() for path in paths]
-    paths[1].unlink()
-    assert collect.collect_episodes(replace(collecting, policy=collecting.policy), progress=False) == paths
-    assert [path.read_bytes() for path in paths] == kept
-
-
-@pytest.mark.parametrize("name", ["env_id", "seed", "noise_levels", "timesteps_per_level", "policy"])
-def test_episodes_of_other_settings_are_never_reused(collecting: CollectionConfig, tmp_path: Path, name: str) -> None:
-    collect.collect_episodes(collecting, progress=False)
-    (tmp_path / "other.zip").write_bytes(b"other weights")
-    values = {"env_id": "Walker2d-v5", "seed": 1, "noise_levels": (0.1, 0.002, 0.0), "timesteps_per_level": 13}
-    other = {**values, "policy": tmp_path / "other.zip"}[name]
-    with pytest.raises(ConfigError, match=f"other values of {name};"):
-        collect.collect_episodes(replace(collecting, **{name: other}), progress=False)
-    moved = collecting.policy.rename(tmp_path / "moved.zip")
-    collect.collect_episodes(replace(collecting, policy=moved), progress=False)  # the same policy elsewhere
-
-
-def test_episodes_of_unknown_settings_are_refused(collecting: CollectionConfig) -> None:
-    collecting.output.mkdir()
-    (collecting.output / "noise-0.00.npz").write_bytes(b"of another environment and policy")
-    with pytest.raises(ConfigError, match=r"holds noise-0\.00\.npz, but no collection\.json"):
-        collect.collect_episodes(collecting, progress=False)
 
 
 def test_missing_behaviour_policy_is_refused(tmp_path: Path) -> None:
