@@ -1,5 +1,7 @@
 """Pictures of a memory: which patches of which frames each layer and head retained, and the counts behind it.
 
+A task on episodes is handed over to `offline_rl.inspect_episode`.
+
 Shape letters: L layers, K KV heads, T frames, U steps in time (frames, or tubelets of several frames), h, w patches.
 """
 
@@ -17,7 +19,9 @@ from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.inspect_page import write_page
 from namm_transfer.eval.lighting import lit, write_lit_mp4
+from namm_transfer.eval.offline_rl.inspect_episode import inspect_episode
 from namm_transfer.eval.provenance import record
+from namm_transfer.eval.rl_tasks import Episodes
 from namm_transfer.eval.video import decode
 from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
@@ -46,16 +50,18 @@ class Inspectable(Protocol):
 
 
 def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
-    """Run one clip under one policy; write `retained` as png, mp4, html and json, and provenance, to `out`.
+    """Run one clip or episode under one policy; write `retained` as png, mp4, html and json, and provenance, to `out`.
 
     Raises:
-        ConfigError: a task without clips, or settings out of range.
+        ConfigError: a task without clips and episodes, or settings out of range.
         VideoError: the clip cannot be decoded.
     """
     use_executor(config.get("executor", {}))
     task, policy = build_task(config["task"]), build_policy(config["policy"])
+    if isinstance(task, Episodes):
+        return inspect_episode(config, task, policy, out, console)
     if not isinstance(task, Inspectable):
-        raise ConfigError(f"{task.name} has no clips to inspect: choose a task on videos")
+        raise ConfigError(f"{task.name} has no clips to inspect: choose a task on videos or on episodes")
     clip = config["clip"]
     if isinstance(clip, bool) or not isinstance(clip, int | str):
         raise ConfigError(f"clip is {clip!r}; expected the number of a packaged clip, or the path of a file")

@@ -12,55 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from namm_transfer.adapters import adapt
-from namm_transfer.adapters.decision_transformer import DecisionTransformerHost
 from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.eval.offline_rl.agent import MemoryAgent, WatchedAgent, WatchedEpisode
 from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, check_fits, load_host, packaged_hosts
 from namm_transfer.eval.offline_rl.hub import fetch, hub_host
-from namm_transfer.eval.offline_rl.rollout import EpisodeRecord, make_envs, rollout
+from namm_transfer.eval.offline_rl.rollout import EpisodeRecord, make_envs, play, rollout
 from namm_transfer.eval.offline_rl.scores import score_fraction
 from namm_transfer.eval.offline_rl.window import WindowAgent
 from namm_transfer.eval.provenance import digest
-from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder, kept_at_updates
+from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder
 from namm_transfer.policies import Policy
 
-__all__ = ["Episodes", "MemoryAgent"]
+__all__ = ["Episodes"]
 
 FIRST_SEED = 40_000_000
 """No episode of the training data or of the measurements made in training has these seeds."""
 SEEDS = 10_000
-
-
-class MemoryAgent:
-    """An `Agent` (see `rollout`) with a memory: each timestep is computed once, nothing is computed again."""
-
-    def __init__(self, host: DecisionTransformerHost, num_envs: int) -> None:
-        self.host, self.num_envs = host, num_envs
-        host.reset(num_envs)
-
-    def reset(self, rows: NDArray[np.intp]) -> None:
-        """Forget the episodes of `rows`."""
-        self.host.reset_rows(rows)
-
-    def act(self, observations: NDArray[np.floating], rewards: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Actions [E, A] for observations [E, O] and the rewards [E] of the previous actions."""
-        actions: NDArray[np.float32] = self.host.act(observations, rewards)
-        return actions
-
-    def measured(self, row: int) -> dict[str, Any]:
-        """What the memory holds of a row's first episode, as fields of an outcome; asked before it is forgotten."""
-        whole = self.host.stats()
-        return {
-            "kept_fraction": whole.kept_fraction_by_row[row],
-            "kept_at_updates": kept_at_updates(whole.kept_by_row[row], self.host.policy),
-            "tokens_seen": whole.seen[row],
-            # Rows are allocated together, each as wide as the fullest.
-            "bytes_kv": whole.bytes["kv"] // self.num_envs,
-            "bytes_total": whole.bytes["total"] // self.num_envs,
-        }
 
 
 @dataclass(frozen=True)
@@ -123,6 +91,33 @@ class Episodes:
                 row, unit = by_seed[record.seed]
                 memory = agent.measured(row) if isinstance(agent, MemoryAgent) else {}
                 yield Outcome(unit, score=record.return_raw, detail=self._detail(record), **memory)
+
+    def watch(self, units: Sequence[Unit], policy: Policy, *, bodies: bool = False) -> Iterator[WatchedEpisode]:
+        """Play units as `evaluate` does, and yield each episode with what the memory held of it.
+
+        Args:
+            units: of this task.
+            policy: of the memory.
+            bodies: note where the robot's bodies are, too.
+
+        Raises:
+            ConfigError, DataError: as `evaluate`.
+        """
+        model, normalisation = self._host
+        rows = {int(unit.id): row for row, unit in enumerate(units)}
+        with ExitStack() as stack:
+            envs = stack.enter_context(closing(make_envs(normalisation.env_id, len(units))))
+            check_fits(model, envs, normalisation.env_id)
+            interval = self.model["update_interval"]
+            host = stack.enter_context(adapt(model, policy, interval, normalisation=normalisation))
+            agent = WatchedAgent(host, len(units), envs if bodies else None)
+            for episode in play(agent, envs, rows):
+                yield agent.watched(rows[episode.seed], episode)
+
+    @property
+    def env_id(self) -> str:
+        """The environment that its host plays in."""
+        return str(self._host[1].env_id)
 
     def _detail(self, record: EpisodeRecord) -> dict[str, Any]:
         detail = {"length": record.length, "terminated": record.terminated, "truncated": record.truncated}

@@ -113,7 +113,7 @@ def train(
 
 @app.command()
 def inspect(overrides: Overrides = None) -> None:
-    """A picture of which patches of which frames each layer retained: `inspect clip=3 policy=h2o policy.budget=0.5`."""
+    """Pictures of what each layer retained of a clip or an episode: `inspect clip=3 policy=h2o policy.budget=0.5`."""
     from namm_transfer.eval.inspect import inspect as run
     from namm_transfer.eval.transfer import results_folder
 

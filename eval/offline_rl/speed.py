@@ -27,11 +27,11 @@ from rich.progress import Progress
 from namm_transfer import NAMM, policy
 from namm_transfer.adapters import adapt
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.offline_rl.agent import MemoryAgent
 from namm_transfer.eval.offline_rl.host import load_host
 from namm_transfer.eval.offline_rl.rollout import Agent, make_envs
 from namm_transfer.eval.offline_rl.window import WindowAgent
 from namm_transfer.eval.provenance import hardware, versions
-from namm_transfer.eval.rl_tasks import MemoryAgent
 from namm_transfer.files import write_atomically
 
 __all__ = ["SpeedConfig", "measure_speed"]
