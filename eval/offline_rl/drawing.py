@@ -5,6 +5,7 @@ Shape letters: T timesteps, G bodies (geoms of MuJoCo), H, W pixels.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def robot_of(env_id: str) -> Robot:
     Raises:
         DataError: it has none, or bodies that are neither capsules nor spheres.
     """
-    with gymnasium.make(env_id, disable_env_checker=True) as env:
+    with closing(gymnasium.make(env_id, disable_env_checker=True)) as env:
         model: Any = getattr(env.unwrapped, "model", None)
         if not isinstance(model, mujoco.MjModel):
             raise DataError(f"{env_id} is no environment of MuJoCo: there is no robot to draw")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -114,7 +115,8 @@ def episode_picture(
     total, layers = watched.episode.length, watched.shape[0]
     figure = Figure(figsize=(12, 3.6 + 0.75 * layers), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    frames, below = figure.subfigures(2, 1, height_ratios=[1, 2.2 + 0.7 * layers])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, 2.2 + 0.7 * layers])
+    frames, below = parts
     chosen = np.linspace(0, total - 1, min(shown, total)).round().astype(int)
     for axes, t in zip(frames.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         axes.imshow(robot.draw(watched.bodies[t], 160, 120))

@@ -2,8 +2,9 @@
 
     python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER task=offline_rl/hopper task.episodes=8
 
-The NAMM of the column `namm` goes by its threshold, the rules by the budget that it was measured to keep; all play
-the same environment seeds. Everything is counted just after each decision, over all layers and heads.
+The NAMM of the column `namm` goes by its threshold, the rules by the budget that it was measured to keep; with
+`--budget`, all go by rank at that. All play the same environment seeds. Everything is counted just after each decision,
+over all layers and heads.
 
 Shape letters: L layers, K KV heads, S tokens seen, T timesteps, n episodes.
 """
@@ -127,7 +128,7 @@ def summarise(counted: Sequence[Kept]) -> dict[str, Any]:
     kinds = np.stack([one.kinds for one in counted])  # [n, 2, 3]
     around = np.stack([one.around for one in counted])
     length = max(one.ages.shape[1] for one in counted)
-    ages = sum(np.pad(one.ages, ((0, 0), (0, length - one.ages.shape[1]))) for one in counted)
+    ages = np.sum([np.pad(one.ages, ((0, 0), (0, length - one.ages.shape[1]))) for one in counted], axis=0)
     falls = [one.near_falls for one in counted]
     shares = {
         kind: asdict(statistics.ratio(kinds[:, 0, i], kinds[:, 0].sum(1), clusters)) for i, kind in enumerate(KINDS)
@@ -176,11 +177,13 @@ def _curve(rewards: Sequence[NDArray[np.float64]]) -> list[float]:
     return np.round(total / len(rewards), 2).tolist()
 
 
-def measure_kept(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def measure_kept(config: Mapping[str, Any], console: Console, budget: float | None = None) -> dict[str, Any]:
     """Play the episodes of a task under each NAMM, then under each rule, and sum up what was kept.
 
     Args:
         config: resolved, as of `study`; its budgets are not read.
+        console: says what is played.
+        budget: of every policy; None: NAMMs go by their threshold, the rules by what the column `namm` keeps.
 
     Raises:
         ConfigError: the task plays no episodes, or there is no column `namm`.
@@ -192,12 +195,12 @@ def measure_kept(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
     if REFERENCE not in config["namms"]:
         raise ConfigError(f"namms needs a column {REFERENCE!r}: the rules get its budget")
     units = task.units(config["seed"])
-    columns = {name: {"name": "namm", "namm": namm} for name, namm in config["namms"].items()}
+    columns = {name: {"name": "namm", "namm": namm, "budget": budget} for name, namm in config["namms"].items()}
     columns |= {rule: {"name": rule} for rule in config["rules"]}
     found: dict[str, Any] = {}
     for name, settings in columns.items():
         if name not in config["namms"]:
-            settings["budget"] = round(found[REFERENCE]["kept_fraction"]["value"], 4)
+            settings["budget"] = budget or round(found[REFERENCE]["kept_fraction"]["value"], 4)
         console.print(f"{task.name}: {name}")
         counted = kept_of(list(task.watch(units, build_policy(settings))), task.env_id)
         found[name] = {"policy": settings, **summarise(counted)}
@@ -206,6 +209,7 @@ def measure_kept(config: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for kept.json, kept.png and table.md.")],
+    budget: Annotated[float | None, typer.Option(help="Fraction of the tokens seen, for every policy.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """What memories keep of episodes, and what of the time around near falls."""
@@ -214,8 +218,9 @@ def main(
         given = ["task=offline_rl/hopper", *given]
     config, console = composed("study", given), Console()
     use_executor(config["executor"])
-    found = measure_kept(config, console)
-    command = " ".join(["python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER", *given])
+    found = measure_kept(config, console, budget)
+    ranked = [] if budget is None else ["--budget", str(budget)]
+    command = " ".join(["python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER", *ranked, *given])
     out.mkdir(parents=True, exist_ok=True)
     record(out / "provenance.json", build_task(config["task"]).inputs(), config["seed"])
     content = {"command": command, "task": config["task"]["name"], "policies": found}

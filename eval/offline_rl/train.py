@@ -253,7 +253,7 @@ def _write_record(
     record = {
         "settings": settings,
         "data": {
-            "files": [path.name for path in config.episodes] or [config.data],
+            "files": [path.name for path in config.episodes] if config.data is None else [config.data],
             "episodes": len(episodes),
             "timesteps": int(sum(episode.length for episode in episodes)),
             "return_raw_quantiles": dict(zip(("min", "25%", "50%", "75%", "max"), quantiles, strict=True)),

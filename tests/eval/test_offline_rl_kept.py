@@ -148,6 +148,8 @@ def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path) -> None:
     assert len(table(found).splitlines()) > 4
     draw(found, AROUND, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    ranked = measure_kept(config | {"rules": []}, Console(file=io.StringIO()), budget=0.5)["namm"]
+    assert ranked["policy"]["budget"] == 0.5
     with pytest.raises(ConfigError, match="needs a column 'namm'"):
         measure_kept(config | {"namms": {}}, Console())
 
