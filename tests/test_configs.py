@@ -53,16 +53,6 @@ def test_every_task_file_has_exactly_the_settings_of_its_class(task):
     assert settings.model.update_interval % 16 == 0
 
 
-@pytest.mark.parametrize("data", ["expert", "medium", "medium-replay"])
-@pytest.mark.parametrize("environment", ["hopper", "halfcheetah", "walker2d"])
-def test_a_long_context_is_a_setting_of_the_same_weights(environment, data):
-    short, long = (compose("eval", [f"task=offline_rl/v5/{environment}-{data}{end}"]).task for end in ("", "-long"))
-    assert short.model.path == long.model.path == f"{environment}-v5-{data}"
-    assert (short.model.window, long.model.window) == (None, 64)
-    differing = {key for key, value in flatten(OmegaConf.to_container(short)) if OmegaConf.select(long, key) != value}
-    assert differing == {"name", "model.window", "model.update_interval"}
-
-
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
