@@ -1,6 +1,7 @@
 """The tasks on packaged mp4 clips: questions to a video LLM, and the motion that a video encoder sees.
 
-Shape letters: T frames, S side of a frame in pixels, L layers, K KV heads.
+Shape letters: T frames, U steps in time (frames, or tubelets of several frames), S side of a frame in pixels, L layers,
+K KV heads, h, w patches.
 """
 
 from __future__ import annotations
@@ -98,7 +99,20 @@ class _ClipTask(ABC):
 
     @property
     def _folder(self) -> Path:
-        return host_folder(self.model, self.packaged_host)
+        return host_folder(self.model, self._packaged)
+
+    @property
+    def _packaged(self) -> Path:
+        """Folder of the packaged host.
+
+        Raises:
+            ConfigError: the model's settings name another one, which this task does not have.
+        """
+        if "host" in self.model:
+            raise ConfigError(
+                f"{self.name}: model.host is {self.model['host']!r}; this task has one packaged host only"
+            )
+        return self.packaged_host
 
     @cached_property
     def _host(self) -> tuple[Any, Any]:
@@ -122,7 +136,7 @@ class ShapesQA(_ClipTask):
 
     def __post_init__(self) -> None:
         questions = min(len(clip.questions) for clip in self._clips.values())
-        check_settings(self, llm_host.PACKAGED, clips=len(self._clips), questions=questions)
+        check_settings(self, self._packaged, clips=len(self._clips), questions=questions)
 
     def units(self, seed: int) -> list[Unit]:
         """`questions` of each of the first `clips` clips."""
@@ -178,7 +192,7 @@ class Motion(_ClipTask):
     packaged_videos: ClassVar[Path] = motion_clips.PACKAGED_VIDEOS
 
     def __post_init__(self) -> None:
-        check_settings(self, encoder_host.PACKAGED, clips=len(self._clips))
+        check_settings(self, self._packaged, clips=len(self._clips))
 
     def units(self, seed: int) -> list[Unit]:
         """The first `clips` clips."""
@@ -197,18 +211,20 @@ class Motion(_ClipTask):
             yield Outcome(unit, score=float(label == clip.label), detail=detail, **measured(stats, policy))
 
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
-        """Patches that each layer and head holds after its last decision: bool [L, K, tubelets, h, w]."""
+        """Patches that each layer and head holds after its last decision: bool [L, K, U, h, w]."""
         model, processor = self._host
         inputs = {key: value.to(model.device) for key, value in processor(frames).items()}
         with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
             host(**inputs)
             held = [layer[0] for layer in host.memory.retained()]
-        depth, height, width = model.config.tubelet_size
-        side = model.config.image_size
-        return _grid(held, special_tokens(model), (len(frames) // depth, side // height, side // width))
+        return _grid(held, special_tokens(model), encoder_host.token_grid(model))
 
     def _read_clips(self, folder: Path) -> list[LabelledClip]:
         return motion_clips.packaged_clips(folder)
+
+    @property
+    def _packaged(self) -> Path:
+        return encoder_host.packaged(self.model.get("host", "vivit"))
 
     def _load(self) -> tuple[Any, Any]:
         return encoder_host.load_host(self._folder)

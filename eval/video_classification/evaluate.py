@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from transformers import VivitForVideoClassification
 
 from namm_transfer.eval.video import decode, write_mp4
 from namm_transfer.eval.video_classification.clips import FPS, HELD_OUT_SEEDS, MOTIONS, make_clip, render
-from namm_transfer.eval.video_classification.host import VideoEncoderProcessor
+from namm_transfer.eval.video_classification.host import VideoEncoder, VideoEncoderProcessor
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ def write_clips(folder: Path, seeds: Iterable[int]) -> Iterator[LabelledClip]:
         yield LabelledClip(path, seed, clip.motion)
 
 
-def classify(model: VivitForVideoClassification, processor: VideoEncoderProcessor, frames: np.ndarray) -> int:
+def classify(model: VideoEncoder, processor: VideoEncoderProcessor, frames: np.ndarray) -> int:
     """Class number of one video uint8 [T, S, S, 3]."""
     with torch.inference_mode():
         return int(model(**processor(frames)).logits.argmax(-1))
 
 
 def accuracy_by_motion(
-    model: VivitForVideoClassification,
+    model: VideoEncoder,
     processor: VideoEncoderProcessor,
     clips: Iterable[LabelledClip],
     *,
@@ -59,9 +58,7 @@ def accuracy_by_motion(
     return {key: {"accuracy": float(np.mean(values)), "n": len(values)} for key, values in right.items() if values}
 
 
-def held_out_accuracy(
-    model: VivitForVideoClassification, processor: VideoEncoderProcessor, clips: int
-) -> dict[str, dict[str, float]]:
+def held_out_accuracy(model: VideoEncoder, processor: VideoEncoderProcessor, clips: int) -> dict[str, dict[str, float]]:
     """`accuracy_by_motion` on the first `clips` held-out seeds, through mp4 files in a temporary folder."""
     seeds = range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + clips)
     with tempfile.TemporaryDirectory() as folder:

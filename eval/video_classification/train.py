@@ -1,4 +1,4 @@
-"""Training the packaged video encoder from scratch on one CPU core.
+"""Training a packaged video encoder from scratch on one CPU core.
 
 Drawing clips and encoding them as mp4 costs more than a training step, so a pool of clips is drawn once and shown in
 many variants: mirrored (with the motion's name), and in other colours.
@@ -7,7 +7,7 @@ many variants: mirrored (with the motion's name), and in other colours.
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,44 @@ from einops import rearrange
 from rich.progress import track
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import VivitForVideoClassification
+from transformers import PreTrainedModel
 
 from namm_transfer.eval.video import through_mp4
 from namm_transfer.eval.video_classification.clips import FPS, MOTIONS, SIDE, TRAIN_SEEDS, make_clip, render
 from namm_transfer.eval.video_classification.evaluate import held_out_accuracy
-from namm_transfer.eval.video_classification.host import build_model, load_host, save_host
+from namm_transfer.eval.video_classification.host import (
+    VideoEncoder,
+    build_model,
+    load_host,
+    save_host,
+    token_grid,
+)
 from namm_transfer.eval.video_training import Stage, Trainer
 
 _MIRROR = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
 MIRRORED = np.array([MOTIONS.index(_MIRROR.get(motion, motion)) for motion in MOTIONS])
 """Label of a clip seen in a mirror, by its label."""
+DEFAULT_STAGES = {
+    "vivit": Stage("motion", steps=1600, batch=32, learning_rate=1e-3),
+    "videomae": Stage("motion", steps=1200, batch=32, learning_rate=1e-3),
+    "timm_vit": Stage("motion", steps=1200, batch=32, learning_rate=1e-3),
+}
+PATH_STATES = -3
+"""Where the path is read: two blocks before the last."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the video encoder is trained; everything that the result depends on."""
+    """How a video encoder is trained; everything that the result depends on.
+
+    Attributes:
+        architecture: `vivit`, `videomae` or `timm_vit`.
+        stage: null: as the packaged one of the architecture was trained.
+    """
 
     seed: int = 0
-    stage: Stage = Stage("motion", steps=1600, batch=32, learning_rate=1e-3)
+    architecture: str = "vivit"
+    stage: Stage | None = None
     pool: int = 3072
     path_weight: float = 30.0
     held_out_clips: int = 240
@@ -42,25 +61,25 @@ class TrainConfig:
 
 
 class PathHead(nn.Module):
-    """Reads the shape's centre at every tubelet from the encoder's tokens; dropped after training.
+    """Reads the shape's centre at every step in time from the encoder's tokens; dropped after training.
 
     Knowing where the shape is when is the first half of knowing how it moves.
     """
 
-    def __init__(self, model: VivitForVideoClassification, generator: torch.Generator) -> None:
+    def __init__(self, model: VideoEncoder, generator: torch.Generator) -> None:
         super().__init__()
-        self.frames_per_tubelet = model.config.tubelet_size[0]
-        self.tubelets = model.config.num_frames // self.frames_per_tubelet
-        hidden = model.config.hidden_size
+        self.steps, height, width = token_grid(model)
+        self.patches = self.steps * height * width
+        hidden = next(p.shape[0] for p in model.parameters() if p.ndim > 3)  # the projection of patches
         self.weight = nn.Parameter(torch.randn(3, hidden, generator=generator) * 0.02)
 
     def forward(self, states: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
-        """Mean squared error in units of the frame's side; states [B, 1 + tokens, D], paths [B, T, 2] about 0."""
-        tokens = states[:, 1:].float().unflatten(1, (self.tubelets, -1)) @ self.weight.T
-        # A softmax over a tubelet's tokens says which of them read out the place.
+        """Mean squared error in units of the frame's side; states [B, N, D], patches last, paths [B, T, 2] about 0."""
+        tokens = states[:, -self.patches :].float().unflatten(1, (self.steps, -1)) @ self.weight.T
+        # A softmax over the patches of one step in time says which of them read out the place.
         share = torch.softmax(tokens[..., :1], dim=2)
         place = (share * tokens[..., 1:]).sum(dim=2)
-        return mse_loss(place, paths.unflatten(1, (self.tubelets, -1)).mean(dim=2))
+        return mse_loss(place, paths.unflatten(1, (self.steps, -1)).mean(dim=2))
 
 
 class ClipPool:
@@ -86,33 +105,37 @@ class ClipPool:
         return pixels, torch.from_numpy(labels), torch.from_numpy(paths)
 
 
-def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VivitForVideoClassification:
+def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEncoder:
     """Train, evaluate on held-out mp4 clips, and write weights and `training.json` to `out_dir`.
 
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
         CheckpointError: with `resume`, a checkpoint of another configuration is in the way.
+        ConfigError: there is no such architecture.
     """
     torch.set_num_threads(config.threads)
-    model = build_model(config.seed)
+    model = build_model(config.seed, config.architecture)
+    stage = config.stage or DEFAULT_STAGES[config.architecture]
+    config = replace(config, stage=stage)
+    _use_plain_attention(model)
     head = PathHead(model, torch.Generator().manual_seed(config.seed))
 
     pool = ClipPool(config.pool, config.seed)
 
     def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = np.random.default_rng([config.seed, step])
-        pixels, labels, paths = pool.batch(rng, config.stage.batch)
+        pixels, labels, paths = pool.batch(rng, stage.batch)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixels, output_hidden_states=True)
-        path_error = head(output.hidden_states[2], paths)
+        path_error = head(output.hidden_states[PATH_STATES], paths)
         loss = cross_entropy(output.logits.float(), labels) + config.path_weight * path_error
         right = (output.logits.argmax(-1) == labels).float().mean().item()
         return loss, {"accuracy": right, "path": path_error.item() ** 0.5, "loss": loss.item()}
 
-    settings = {"seed": config.seed, "pool": config.pool, "path_weight": config.path_weight}
+    settings = {key: getattr(config, key) for key in ("seed", "architecture", "pool", "path_weight")}
     trainer = Trainer({"model": model, "head": head}, out_dir / "checkpoint.pt", settings, resume=resume)
-    trainer.run(0, config.stage, [*model.parameters(), *head.parameters()], loss_at)
+    trainer.run(0, stage, [*model.parameters(), *head.parameters()], loss_at)
     save_host(model, out_dir)
     record = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -125,3 +148,13 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VivitFo
     (out_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (out_dir / "checkpoint.pt").unlink()
     return load_host(out_dir)[0]
+
+
+def _use_plain_attention(model: VideoEncoder) -> None:
+    """Matrix products as they are written: for so few tokens their backward pass is the fastest on a CPU."""
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager")
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False

@@ -18,7 +18,8 @@ def tiny_hosts(tmp_path_factory):
     """Folders of untrained hosts and a random NAMM, by name."""
     root = tmp_path_factory.mktemp("hosts")
     llm_host.save_host(llm_host.build_model(0), root / "video_llm")
-    encoder_host.save_host(encoder_host.build_model(0), root / "video_encoder")
+    for name in encoder_host.ARCHITECTURES:
+        encoder_host.save_host(encoder_host.build_model(0, name), root / encoder_host.packaged(name).name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DecisionTransformerConfig(
@@ -41,11 +42,10 @@ def qa(tiny_hosts):
     )
 
 
-@pytest.fixture
-def motion(tiny_hosts):
-    return Motion(
-        "motion", {"path": str(tiny_hosts / "video_encoder"), "device": "cpu", "update_interval": 64}, "packaged", 2
-    )
+@pytest.fixture(params=["vivit"])
+def motion(request, tiny_hosts):
+    folder = tiny_hosts / encoder_host.packaged(request.param).name
+    return Motion("motion", {"path": str(folder), "device": "cpu", "update_interval": 64}, "packaged", 2)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from namm_transfer.eval.inspect import inspect, picture
 from namm_transfer.eval.inspect_page import write_page
 from namm_transfer.eval.lighting import scaled, write_lit_mp4
 from namm_transfer.eval.video import decode
+from namm_transfer.eval.video_classification.host import ARCHITECTURES
 
 
 def config(task, kind, **more):
@@ -43,6 +44,7 @@ def test_retained_tokens_land_on_their_frames_and_patches(qa):
     assert (qa.retained(frames, policy("full"))).all()
 
 
+@pytest.mark.parametrize("motion", list(ARCHITECTURES), indirect=True)
 def test_encoder_patches_are_counted_without_the_class_token(motion):
     frames = decode(motion.clip_path(1)).frames
     assert motion.retained(frames, policy("full")).all()

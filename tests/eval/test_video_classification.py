@@ -1,5 +1,6 @@
-"""Motion clips and the packaged video encoder."""
+"""Motion clips and the packaged video encoders."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,17 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE, make_clip, render
 from namm_transfer.eval.video_classification.evaluate import accuracy_by_motion
 from namm_transfer.eval.video_classification.host import (
-    PACKAGED,
+    ARCHITECTURES,
     VideoEncoderProcessor,
     build_model,
     load_host,
+    packaged,
     save_host,
+    token_grid,
 )
 from namm_transfer.eval.video_classification.packaged import packaged_clips
+from namm_transfer.eval.video_classification.train import TrainConfig, train
+from namm_transfer.eval.video_training import Stage
 
 SEEDS = range(64)
 
@@ -78,14 +83,45 @@ def test_processor_refuses_other_frames(shape: tuple[int, ...]) -> None:
         VideoEncoderProcessor()(np.zeros(shape, np.uint8))
 
 
-def test_saved_host_loads_as_it_was(tmp_path: Path) -> None:
-    model = build_model(1).half().float()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_host_loads_as_it_was(tmp_path: Path, architecture: str) -> None:
+    model = build_model(1, architecture).half().float().eval()
     save_host(model, tmp_path)
     loaded, processor = load_host(tmp_path)
-    assert not loaded.training and loaded.dtype == torch.float32
+    assert type(loaded) is type(model)
+    assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert processor == VideoEncoderProcessor()
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+    # positions that are no weights count too
+    pixels = torch.randn(1, FRAMES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, states = loaded(pixel_values=pixels), loaded(pixel_values=pixels, output_hidden_states=True)
+        torch.testing.assert_close(plain.logits, model(pixels).logits)
+    torch.testing.assert_close(states.logits, plain.logits)
+    assert all(state.shape[1] - 256 in (0, 1) for state in states.hidden_states)
+    assert loaded.config.id2label == dict(enumerate(MOTIONS))
+    assert token_grid(loaded) == (16, 4, 4)
+
+
+def test_an_untrained_host_is_drawn_from_its_seed_alone() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    for architecture in ARCHITECTURES:
+        first, second = (build_model(seed, architecture).state_dict() for seed in (4, 4))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ConfigError, match="no video encoder 'videomea'; expected one of vivit, videomae, timm_vit"):
+        build_model(0, "videomea")
+
+
+def test_a_film_strip_is_every_second_frame_from_top_to_bottom() -> None:
+    strip, seen = build_model(0, "timm_vit"), []
+    strip.vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels = torch.randn(1, FRAMES, 3, SIDE, SIDE)
+    strip(pixels)
+    for place, frame in enumerate(range(0, FRAMES, 2)):
+        assert torch.equal(seen[0][:, :, place * SIDE : (place + 1) * SIDE], pixels[:, frame])
 
 
 def test_missing_host_is_named(tmp_path: Path) -> None:
@@ -93,9 +129,9 @@ def test_missing_host_is_named(tmp_path: Path) -> None:
         load_host(tmp_path)
 
 
-def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    model = build_model(1)
-    save_host(model, tmp_path)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path, architecture: str) -> None:
+    save_host(build_model(1, architecture), tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:5000])
@@ -108,6 +144,22 @@ def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="no readable video encoder"):
         load_host(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="a model of type 'llama'; expected one of vivit"):
+        load_host(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_writes_a_host_and_says_how_good_it_is(tmp_path: Path, architecture: str) -> None:
+    config = TrainConfig(
+        architecture=architecture, stage=Stage("motion", 2, batch=2, learning_rate=1e-3), pool=4, held_out_clips=2
+    )
+    model = train(config, tmp_path)
+    assert type(model) is type(build_model(0, architecture))
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["config"]["architecture"] == architecture
+    assert record["held_out"]["all"]["n"] == 2
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_manifest_faults(tmp_path: Path) -> None:
@@ -124,8 +176,10 @@ def test_packaged_clips_are_what_their_seeds_say() -> None:
     assert all(clip.path.is_file() and make_clip(clip.seed).motion == clip.motion for clip in clips)
 
 
-def test_packaged_host_names_packaged_motions() -> None:
-    assert sum(file.stat().st_size for file in PACKAGED.iterdir()) < 6_000_000
-    figures = accuracy_by_motion(*load_host(), packaged_clips(), total=24)
+@pytest.mark.parametrize("architecture", ["vivit"])
+def test_packaged_host_names_packaged_motions(architecture: str) -> None:
+    folder = packaged(architecture)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+    figures = accuracy_by_motion(*load_host(folder), packaged_clips(), total=24)
     assert figures["all"]["n"] == 24
     assert figures["all"]["accuracy"] >= 0.85
