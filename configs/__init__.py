@@ -76,7 +76,16 @@ def nearest(given: str, candidates: Sequence[str]) -> str:
 
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
-        return hydra_compose(command, overrides=list(overrides))
+        return hydra_compose(command, overrides=[_placed(command, override) for override in overrides])
+
+
+def _placed(command: str, override: str) -> str:
+    """`model=NAME` chooses the host of the one task that a command has: its place is `task.model`."""
+    if not override.startswith("model="):
+        return override
+    defaults: Any = OmegaConf.load(ROOT / f"{command}.yaml").get("defaults", [])
+    of_task = any(isinstance(entry, DictConfig) and "task" in entry for entry in defaults)
+    return f"model@task.{override}" if of_task else override
 
 
 def _refuse_holes(command: str, config: DictConfig) -> None:
