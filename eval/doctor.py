@@ -53,7 +53,7 @@ def _checks() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "MuJoCo", _mujoco
     yield "packaged NAMM", lambda: f"{len(NAMM.from_pretrained('default').to_vector()):,} parameters"
     yield "packaged video LLM", _video_llm
-    yield "packaged video encoder", _video_encoder
+    yield "packaged video encoders", _video_encoders
     yield "packaged decision transformer", _decision_transformer
 
 
@@ -89,10 +89,10 @@ def _video_llm() -> str:
     return _parameters(load_host()[0])
 
 
-def _video_encoder() -> str:
-    from namm_transfer.eval.video_classification.host import load_host
+def _video_encoders() -> str:
+    from namm_transfer.eval.video_classification.host import PACKAGED_HOSTS, load_host
 
-    return _parameters(load_host()[0])
+    return "; ".join(_parameters(load_host(folder)[0]) for folder in PACKAGED_HOSTS.values())
 
 
 def _decision_transformer() -> str:

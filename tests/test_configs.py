@@ -96,6 +96,20 @@ def test_overrides_of_nested_groups_and_values_arrive():
     assert compose("transfer", ["experiment=quick"]).tasks.offline_rl.episodes == 1
 
 
+@pytest.mark.parametrize("command", ["eval", "inspect", "study"])
+def test_model_is_short_for_the_model_of_the_task(command):
+    task = ["task=video_classification/motion"]
+    short = compose(command, [*task, "model=videomae"])
+    assert short == compose(command, [*task, "model@task.model=videomae"])
+    assert short.task.model.host == "videomae"
+    assert compose(command, [*task, "model=timm_vit", "task.model.path=DIR"]).task.model.path == "DIR"
+    with pytest.raises(ConfigError, match=r"task.model.path has no value"):
+        compose(command, [*task, "model=timm_vit"])
+    with pytest.raises(ConfigError, match="'videomea' is no option of model: the nearest is 'videomae'"):
+        compose(command, [*task, "model=videomea"])
+    assert compose("remember", ["model=llava_next_video"]).model.path == "packaged"
+
+
 def test_flatten_names_leaves():
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]})) == {"a.b": 1, "a.c": {}, "d": [2]}
     assert nearest("budgt", ["seed", "budget"]) == "budget"

@@ -30,6 +30,7 @@ from namm_transfer.eval.video_classification.film_strip import STRIDE, FilmStrip
 __all__ = [
     "ARCHITECTURES",
     "PACKAGED",
+    "PACKAGED_HOSTS",
     "VideoEncoder",
     "VideoEncoderProcessor",
     "build_model",
@@ -43,6 +44,8 @@ VideoEncoder = VivitForVideoClassification | VideoMAEForVideoClassification | Fi
 
 _HOSTS = Path(__file__).resolve().parent.parent / "assets" / "hosts"
 PACKAGED = _HOSTS / "video_encoder"
+PACKAGED_HOSTS: dict[str, Path] = {"vivit": PACKAGED, "videomae": _HOSTS / "videomae"}
+"""Folders of the packaged encoders, by architecture."""
 PATCH = 16
 _SIZE: dict[str, Any] = {
     "hidden_size": 128,
@@ -61,6 +64,8 @@ _STRIP: dict[str, Any] = {
     "depth": 4,
     "num_heads": 4,
     "mlp_ratio": 3.0,
+    "class_token": False,
+    "global_pool": "avg",  # the mean of all patches is classified
 }
 
 
@@ -108,10 +113,12 @@ def packaged(architecture: str) -> Path:
     """Folder of the packaged encoder of an architecture.
 
     Raises:
-        ConfigError: there is no such architecture.
+        ConfigError: there is no such architecture, or none of it is packaged.
     """
     _check_architecture(architecture)
-    return PACKAGED if architecture == "vivit" else _HOSTS / architecture
+    if architecture not in PACKAGED_HOSTS:
+        raise ConfigError(f"no {architecture} is packaged: give the folder of one that was trained as model.path")
+    return PACKAGED_HOSTS[architecture]
 
 
 def build_model(seed: int, architecture: str = "vivit") -> VideoEncoder:

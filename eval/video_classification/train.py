@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,9 @@ _MIRROR = {"left": "right", "right": "left", "clockwise": "counterclockwise", "c
 MIRRORED = np.array([MOTIONS.index(_MIRROR.get(motion, motion)) for motion in MOTIONS])
 """Label of a clip seen in a mirror, by its label."""
 DEFAULT_STAGES = {
-    "vivit": Stage("motion", steps=1600, batch=32, learning_rate=1e-3),
-    "videomae": Stage("motion", steps=1200, batch=32, learning_rate=1e-3),
-    "timm_vit": Stage("motion", steps=1200, batch=32, learning_rate=1e-3),
+    "vivit": (Stage("motion", steps=1600, batch=32, learning_rate=1e-3),),
+    "videomae": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
+    "timm_vit": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
 }
 PATH_STATES = -3
 """Where the path is read: two blocks before the last."""
@@ -48,12 +49,12 @@ class TrainConfig:
 
     Attributes:
         architecture: `vivit`, `videomae` or `timm_vit`.
-        stage: null: as the packaged one of the architecture was trained.
+        stages: null: those of `DEFAULT_STAGES`, by which the packaged ones were trained.
     """
 
     seed: int = 0
     architecture: str = "vivit"
-    stage: Stage | None = None
+    stages: tuple[Stage, ...] | None = None
     pool: int = 3072
     path_weight: float = 30.0
     held_out_clips: int = 240
@@ -116,16 +117,16 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEn
     """
     torch.set_num_threads(config.threads)
     model = build_model(config.seed, config.architecture)
-    stage = config.stage or DEFAULT_STAGES[config.architecture]
-    config = replace(config, stage=stage)
+    stages = config.stages or DEFAULT_STAGES[config.architecture]
+    config = replace(config, stages=stages)
     _use_plain_attention(model)
     head = PathHead(model, torch.Generator().manual_seed(config.seed))
 
     pool = ClipPool(config.pool, config.seed)
 
-    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rng = np.random.default_rng([config.seed, step])
-        pixels, labels, paths = pool.batch(rng, stage.batch)
+    def loss_at(size: int, before: int, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng([config.seed, before + step])
+        pixels, labels, paths = pool.batch(rng, size)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixels, output_hidden_states=True)
         path_error = head(output.hidden_states[PATH_STATES], paths)
@@ -135,7 +136,9 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEn
 
     settings = {key: getattr(config, key) for key in ("seed", "architecture", "pool", "path_weight")}
     trainer = Trainer({"model": model, "head": head}, out_dir / "checkpoint.pt", settings, resume=resume)
-    trainer.run(0, stage, [*model.parameters(), *head.parameters()], loss_at)
+    for number, stage in enumerate(stages):
+        before = sum(earlier.steps for earlier in stages[:number])
+        trainer.run(number, stage, [*model.parameters(), *head.parameters()], partial(loss_at, stage.batch, before))
     save_host(model, out_dir)
     record = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -12,6 +12,9 @@ from namm_transfer.eval.video_qa import host as llm_host
 from namm_transfer.eval.video_tasks import Motion, ShapesQA
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
+ENCODERS = {"vivit": "video_encoder"}
+"""Folders that are not called as their architecture."""
+
 
 @pytest.fixture(scope="session")
 def tiny_hosts(tmp_path_factory):
@@ -19,7 +22,7 @@ def tiny_hosts(tmp_path_factory):
     root = tmp_path_factory.mktemp("hosts")
     llm_host.save_host(llm_host.build_model(0), root / "video_llm")
     for name in encoder_host.ARCHITECTURES:
-        encoder_host.save_host(encoder_host.build_model(0, name), root / encoder_host.packaged(name).name)
+        encoder_host.save_host(encoder_host.build_model(0, name), root / ENCODERS.get(name, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DecisionTransformerConfig(
@@ -44,7 +47,7 @@ def qa(tiny_hosts):
 
 @pytest.fixture(params=["vivit"])
 def motion(request, tiny_hosts):
-    folder = tiny_hosts / encoder_host.packaged(request.param).name
+    folder = tiny_hosts / ENCODERS.get(request.param, request.param)
     return Motion("motion", {"path": str(folder), "device": "cpu", "update_interval": 64}, "packaged", 2)
 
 

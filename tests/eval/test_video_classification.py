@@ -14,6 +14,7 @@ from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE,
 from namm_transfer.eval.video_classification.evaluate import accuracy_by_motion
 from namm_transfer.eval.video_classification.host import (
     ARCHITECTURES,
+    PACKAGED_HOSTS,
     VideoEncoderProcessor,
     build_model,
     load_host,
@@ -151,14 +152,14 @@ def test_a_host_that_cannot_be_read_is_refused(tmp_path: Path, architecture: str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_writes_a_host_and_says_how_good_it_is(tmp_path: Path, architecture: str) -> None:
-    config = TrainConfig(
-        architecture=architecture, stage=Stage("motion", 2, batch=2, learning_rate=1e-3), pool=4, held_out_clips=2
-    )
+    stages = (Stage("motion", 2, batch=2, learning_rate=1e-3), Stage("motion", 1, batch=2, learning_rate=1e-4))
+    config = TrainConfig(architecture=architecture, stages=stages, pool=4, held_out_clips=2)
     model = train(config, tmp_path)
     assert type(model) is type(build_model(0, architecture))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["config"]["architecture"] == architecture
     assert record["held_out"]["all"]["n"] == 2
+    assert [(entry["stage"], entry["step"]) for entry in record["history"]] == [(0, 0), (0, 1), (1, 0)]
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -176,7 +177,13 @@ def test_packaged_clips_are_what_their_seeds_say() -> None:
     assert all(clip.path.is_file() and make_clip(clip.seed).motion == clip.motion for clip in clips)
 
 
-@pytest.mark.parametrize("architecture", ["vivit"])
+def test_an_architecture_that_is_not_packaged_is_named() -> None:
+    for architecture in set(ARCHITECTURES) - set(PACKAGED_HOSTS):
+        with pytest.raises(ConfigError, match=f"no {architecture} is packaged"):
+            packaged(architecture)
+
+
+@pytest.mark.parametrize("architecture", PACKAGED_HOSTS)
 def test_packaged_host_names_packaged_motions(architecture: str) -> None:
     folder = packaged(architecture)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
