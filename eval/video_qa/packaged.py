@@ -1,7 +1,9 @@
 """The packaged question-answering clips: held-out mp4 files with their questions, listed in a manifest."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from namm_transfer.errors import DataError
 from namm_transfer.eval.video_qa.clips import PACKAGED_SEEDS, make_clip
@@ -39,6 +41,11 @@ def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[QAClip]:
         raise DataError(f"{manifest} is not a manifest of question-answering clips: {error!r}") from error
 
 
+def question_entries(questions: Iterable[Question]) -> list[dict[str, Any]]:
+    """Questions as a manifest holds them."""
+    return [{"family": q.family, "text": q.text, "options": list(q.options), "answer": q.answer} for q in questions]
+
+
 def write_packaged(folder: Path = PACKAGED_VIDEOS, seeds: range = SEEDS) -> None:
     """Render the clips of the seeds and write the manifest: questions and ground truth of each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +55,6 @@ def write_packaged(folder: Path = PACKAGED_VIDEOS, seeds: range = SEEDS) -> None
             {"colour": e.colour, "shape": e.shape, "direction": e.direction, "start": e.start, "end": e.end}
             for e in make_clip(clip.seed).events
         ]
-        questions = [
-            {"family": q.family, "text": q.text, "options": list(q.options), "answer": q.answer} for q in clip.questions
-        ]
+        questions = question_entries(clip.questions)
         entries.append({"file": clip.path.name, "seed": clip.seed, "events": events, "questions": questions})
     (folder / "manifest.json").write_text(json.dumps({"clips": entries}, indent=1) + "\n")
