@@ -65,7 +65,7 @@ class _ClipTask(ABC):
         for name, members in groupby(units, key=lambda unit: unit.cluster):
             clip, of_clip = self._clips[name], list(members)
             try:
-                frames = decode(clip.path).frames
+                frames = decode(self._file(clip)).frames
             except VideoError as error:
                 fault = str(error).replace(str(clip.path), clip.path.name)
                 yield from (Outcome(unit, status=UNDECODABLE, error=fault) for unit in of_clip)
@@ -74,7 +74,7 @@ class _ClipTask(ABC):
 
     def clip_path(self, number: int) -> Path:
         """File of a packaged clip."""
-        return _numbered(list(self._clips.values()), number).path
+        return self._file(_numbered(list(self._clips.values()), number))
 
     @abstractmethod
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
@@ -96,6 +96,11 @@ class _ClipTask(ABC):
     def _clips(self) -> dict[str, Any]:
         folder = self.packaged_videos if self.videos == "packaged" else Path(self.videos)
         return {clip.path.stem: clip for clip in self._read_clips(folder)}
+
+    def _file(self, clip: Any) -> Path:
+        """The clip's file, which is there."""
+        path: Path = clip.path
+        return path
 
     @property
     def _folder(self) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from namm_transfer.errors import ConfigError
 from namm_transfer.eval import video_clips
 from namm_transfer.eval.video import decode
 from namm_transfer.eval.video_classification import packaged as motion_packaged
@@ -82,7 +83,7 @@ def test_every_value_occurs() -> None:
     assert {event.end > event.halt for event in events} == {True, False}
 
 
-@pytest.mark.parametrize("suite", list(video_clips.Suite))
+@pytest.mark.parametrize("suite", [video_clips.Suite.video_qa, video_clips.Suite.video_classification])
 def test_held_out_clips_are_written_with_a_manifest_that_the_task_reads(
     suite: video_clips.Suite, tmp_path: Path
 ) -> None:
@@ -92,3 +93,5 @@ def test_held_out_clips_are_written_with_a_manifest_that_the_task_reads(
     assert len(held_out) == 2
     assert not {clip.seed for clip in held_out} & {clip.seed for clip in ours}
     assert all(len(decode(clip.path).frames) for clip in held_out)
+    with pytest.raises(ConfigError, match="--frames and --redundancy are the suite's"):
+        video_clips.main(suite, tmp_path / "others", 2, frames=64)

@@ -1,0 +1,76 @@
+"""The suite as a task: clips that are drawn when they are asked for, or read from a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from namm_transfer.errors import ConfigError
+from namm_transfer.eval.provenance import digest
+from namm_transfer.eval.task import check_settings
+from namm_transfer.eval.video_qa.evaluate import QAClip
+from namm_transfer.eval.video_qa.questions import Question
+from namm_transfer.eval.video_qa.suite.clips import SuiteClip, make_clip
+from namm_transfer.eval.video_qa.suite.files import HELD_OUT, file_of, read_clips, truth, write_clip
+from namm_transfer.eval.video_qa.suite.questions import FAMILIES, PER_FAMILY
+from namm_transfer.eval.video_tasks import ShapesQA
+
+__all__ = ["SuiteQA"]
+
+DRAWN = "drawn"
+"""What `videos` is where the clips are drawn: each is written to a temporary folder when it is first looked at."""
+
+
+@dataclass(frozen=True)
+class SuiteQA(ShapesQA):
+    """Eight families of questions about long, redundant clips; a unit is a question, its cluster the clip."""
+
+    frames: int = 64
+    redundancy: float = 0.5
+    families: Sequence[str] = FAMILIES
+
+    def __post_init__(self) -> None:
+        if isinstance(self.families, str) or not self.families or not set(self.families) <= set(FAMILIES):
+            raise ConfigError(f"{self.name}: families is {self.families!r}; expected some of {', '.join(FAMILIES)}")
+        self._make(HELD_OUT.start)  # refuses settings out of range
+        clips = len(HELD_OUT) if self.videos == DRAWN else len(self._clips)
+        check_settings(self, self._packaged, clips=clips, questions=PER_FAMILY * len(set(self.families)))
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of the host and of the clips: where they are drawn, of all that is true of them."""
+        if self.videos != DRAWN:
+            return super().inputs()
+        truths = json.dumps([truth(self._make(clip.seed)) for clip in self._clips.values()])
+        return {"host": digest(self._folder), "clips": sha256(truths.encode()).hexdigest()[:16]}
+
+    def _file(self, clip: QAClip) -> Path:
+        if self.videos == DRAWN and not clip.path.is_file():
+            write_clip(self._make(clip.seed), clip.path)
+        return clip.path
+
+    def _make(self, seed: int) -> SuiteClip:
+        return make_clip(seed, self.frames, self.redundancy)
+
+    @cached_property
+    def _clips(self) -> dict[str, QAClip]:
+        if self.videos == DRAWN:
+            folder = Path(self._drawn.name)
+            clips = [file_of(self._make(seed), folder) for seed in HELD_OUT[: self.clips]]
+        else:
+            clips = read_clips(Path(self.videos), self.frames, self.redundancy)
+        return {clip.path.stem: self._asked(clip) for clip in clips}
+
+    def _asked(self, clip: QAClip) -> QAClip:
+        """The clip with the questions of the chosen families only."""
+        chosen: list[Question] = [question for question in clip.questions if question.family in self.families]
+        return QAClip(clip.path, clip.seed, tuple(chosen))
+
+    @cached_property
+    def _drawn(self) -> TemporaryDirectory[str]:
+        """Goes with the task."""
+        return TemporaryDirectory(prefix="namm-transfer-")
