@@ -83,8 +83,8 @@ def _placed(command: str, override: str) -> str:
     """`model=NAME` chooses the host of the one task that a command has: its place is `task.model`."""
     if not override.startswith("model="):
         return override
-    defaults: Any = OmegaConf.load(ROOT / f"{command}.yaml").get("defaults", [])
-    of_task = any(isinstance(entry, DictConfig) and "task" in entry for entry in defaults)
+    written: Any = OmegaConf.load(ROOT / f"{command}.yaml")
+    of_task = any(isinstance(entry, DictConfig) and "task" in entry for entry in written.get("defaults", []))
     return f"model@task.{override}" if of_task else override
 
 

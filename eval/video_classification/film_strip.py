@@ -59,9 +59,9 @@ class FilmStrip(nn.Module):
         arguments: those of `timm.create_model` by which the transformer differs from the architecture it is named by.
     """
 
-    def __init__(self, vit: nn.Module, labels: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, vit: Any, labels: Sequence[str], arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self.vit: Any = vit
+        self.vit = vit
         self.arguments = dict(arguments)
         height, width = self.vit.patch_embed.img_size
         self.config = FilmStripConfig(

@@ -147,7 +147,8 @@ def save_host(model: VideoEncoder, path: Path) -> None:
     if isinstance(model, FilmStrip):
         model.save(path)
         return
-    half = type(model)(model.config).half()
+    kind: Any = type(model)
+    half = kind(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(path)
 

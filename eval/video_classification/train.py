@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,6 +159,7 @@ def _use_plain_attention(model: VideoEncoder) -> None:
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager")
         return
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
