@@ -31,8 +31,8 @@ def test_the_main_job_compares_every_policy_at_the_matched_budget():
     assert set(config.policies) == {*names(), "window"}
     rules = set(names()) - {"full", "namm"}
     assert {name for name, settings in config.policies.items() if settings.get("budget") == "matched"} == rules
-    # The hosts of language and of D4RL are no packaged ones: they have to be fetched. Those of v5 are a study's, and none
-    # was trained on the suite.
+    # The hosts of language and of D4RL are no packaged ones: they have to be fetched. Those of v5 are a study's, and
+    # none was trained on the suite.
     studied = ("language/", "offline_rl/v5/", "video_qa/suite")
     others = {task for task in TASKS if task.startswith(studied) or task in D4RL}
     assert {task.name for task in config.tasks.values()} == {*TASKS} - others
