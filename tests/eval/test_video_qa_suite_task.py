@@ -106,7 +106,7 @@ def test_what_is_asked_is_part_of_the_inputs(suite: SuiteQA) -> None:
 def test_every_length_is_read_whole(suite: SuiteQA, frames: int) -> None:
     long = replace(suite, frames=frames, clips=1, questions=1, families=["needle"], redundancy=0.9)
     (outcome,) = long.evaluate(long.units(0), policy("streaming", budget=64), 0)
-    assert outcome.tokens_seen > 6 * 16 * frames
+    assert 16 * frames < outcome.tokens_seen < 16 * frames + 100
     assert outcome.detail["family"] == "needle"
 
 
