@@ -124,7 +124,7 @@ def _processes(workers: int, jobs: Iterable[Job]) -> Iterator[Row]:
     """Raises what a job raised, once the rows that were finished before it are handed out."""
     if not (todo := list(jobs)):
         return
-    context = worker_context(__name__)
+    context = worker_context()
     with context.Manager() as manager:
         rows = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start, (rows, torch.get_num_threads())) as pool:

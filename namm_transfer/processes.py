@@ -10,16 +10,21 @@ from multiprocessing.context import BaseContext
 __all__ = ["end_with_parent", "worker_context"]
 
 
-def worker_context(module: str) -> BaseContext:
-    """Where processes are begun that work with a module.
+_IMPORTED = ("torch", "transformers.modeling_utils")
+"""What takes seconds to import. Nothing of ours: the server does not look for modules where its parent does, and in a
+checkout it would find the folder `namm_transfer` there instead of the installed package."""
 
-    They are forked from a server that has imported it, and done nothing else: the import takes seconds, and is shared
-    by all of them. On systems that cannot fork each begins from nothing.
+
+def worker_context() -> BaseContext:
+    """Where worker processes are begun.
+
+    They are forked from a server that has imported what all of them need, and done nothing else. On systems that cannot
+    fork each begins from nothing.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload(list(_IMPORTED))
     return context
 
 

@@ -202,7 +202,7 @@ class LocalReaders:
             load_host(host)
         self._pool = ProcessPoolExecutor(
             config.workers,
-            mp_context=worker_context(__name__),
+            mp_context=worker_context(),
             initializer=_start,
             initargs=(config, device),
         )

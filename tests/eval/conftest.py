@@ -45,9 +45,10 @@ def qa(tiny_hosts):
     )
 
 
-@pytest.fixture(params=["vivit"])
+@pytest.fixture
 def motion(request, tiny_hosts):
-    folder = tiny_hosts / ENCODERS.get(request.param, request.param)
+    architecture = getattr(request, "param", "vivit")
+    folder = tiny_hosts / ENCODERS.get(architecture, architecture)
     return Motion("motion", {"path": str(folder), "device": "cpu", "update_interval": 64}, "packaged", 2)
 
 
