@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from namm_transfer.eval.results import Row
 from namm_transfer.eval.task import BASELINES, Task
 from namm_transfer.network import NAMM
 from namm_transfer.policies import Policy, policy
-from namm_transfer.processes import end_with_parent, worker_context
+from namm_transfer.processes import begin, worker_context
 
 __all__ = ["Job", "Workers", "build_policy", "build_task", "rows_of", "use_workers"]
 
@@ -127,7 +128,7 @@ def _processes(workers: int, jobs: Iterable[Job]) -> Iterator[Row]:
     context = worker_context()
     with context.Manager() as manager:
         rows = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _start, (rows, torch.get_num_threads())) as pool:
+        with ProcessPoolExecutor(workers, context, _start, (rows, torch.get_num_threads(), dict(os.environ))) as pool:
             futures = [pool.submit(_put_rows, job) for job in todo]
             try:
                 yield from _until_done(rows, futures)
@@ -157,8 +158,8 @@ _queue: list[Any] = []
 """Of a worker process: where its rows go."""
 
 
-def _start(rows: Any, threads: int) -> None:
-    end_with_parent()
+def _start(rows: Any, threads: int, environment: Mapping[str, str]) -> None:
+    begin(environment)
     torch.set_num_threads(threads)
     _queue.append(rows)
 

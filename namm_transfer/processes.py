@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Mapping
 from multiprocessing.context import BaseContext
 
-__all__ = ["end_with_parent", "worker_context"]
+__all__ = ["begin", "worker_context"]
 
 
 _IMPORTED = ("torch", "transformers.modeling_utils")
@@ -28,8 +29,16 @@ def worker_context() -> BaseContext:
     return context
 
 
-def end_with_parent() -> None:
-    """Called in a worker: end it as soon as its parent is gone, or it would wait for work for ever."""
+def begin(environment: Mapping[str, str]) -> None:
+    """Called in a worker before anything else.
+
+    It ends as soon as its parent is gone, or it would wait for work for ever.
+
+    Args:
+        environment: of the parent; the server's is what the parent's was when its first worker began.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_wait, daemon=True).start()
 
 

@@ -6,7 +6,8 @@ Shape legend: P candidates, S samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,7 +25,7 @@ from namm_transfer.evolution.tasks import SampleMaker
 from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics, policy
-from namm_transfer.processes import end_with_parent, worker_context
+from namm_transfer.processes import begin, worker_context
 
 __all__ = ["Job", "LocalReaders", "Outcome", "Reader", "Readers"]
 
@@ -164,8 +165,8 @@ _state: dict[str, Reader] = {}
 """The reader of a worker process."""
 
 
-def _start(config: EvolutionConfig, device: str) -> None:
-    end_with_parent()
+def _start(config: EvolutionConfig, device: str, environment: Mapping[str, str]) -> None:
+    begin(environment)
     _state["reader"] = Reader(config, device)
 
 
@@ -204,7 +205,7 @@ class LocalReaders:
             config.workers,
             mp_context=worker_context(),
             initializer=_start,
-            initargs=(config, device),
+            initargs=(config, device, dict(os.environ)),
         )
 
     def __enter__(self) -> Self:
