@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def matched_budget(rows: Iterable[Row], task: str) -> float:
     kept = [row.kept_at_updates for row in units if row.kept_at_updates is not None]
     if units and not kept:
         raise ConfigError(f"{task}: {REFERENCE!r} took no decision in {len(units)} units, so there is none to match")
-    return float(np.mean(kept)) if kept else 1.0
+    return math.fsum(kept) / len(kept) if kept else 1.0  # the same in whatever order the rows came
 
 
 def _parts(units: Sequence[Unit], count: int) -> Iterator[tuple[str, ...]]:
