@@ -38,6 +38,8 @@ _SHAPES = {
     "b": (),
 }
 NUM_PARAMETERS = sum(torch.Size(shape).numel() for shape in _SHAPES.values())
+_TOKENS_AT_ONCE = 8192
+"""Of a batch on the CPU: what is computed of them fits its cache, and memory that is taken once serves them all."""
 PACKAGED = Path(__file__).parent / "weights"
 
 
@@ -97,6 +99,20 @@ def scores(
         [R, K, N] scores; those of padding mean nothing.
     """
     rows, heads, width, _ = x.shape
+    together = max(1, _TOKENS_AT_ONCE // max(1, heads * width))
+    if rows > together and x.device.type == "cpu":
+        each = len(weights.b) == rows
+        return torch.cat(
+            [
+                scores(
+                    Weights(*(part[at : at + together] for part in weights)) if each else weights,
+                    x[at : at + together],
+                    None if lengths is None else lengths[at : at + together],
+                    precision=precision,
+                )
+                for at in range(0, rows, together)
+            ]
+        )
     # Token i attends to the tokens j >= i. Turned around, that is a causal attention, which never needs an
     # N x N mask; with the padding behind the oldest token, no valid token sees it.
     if lengths is None:

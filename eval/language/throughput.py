@@ -48,6 +48,8 @@ def throughput(config: EvolutionConfig, samples: int, threads: int | None, conso
     rng = np.random.default_rng([config.seed, _KEY])
     vectors = torch.from_numpy(rng.normal(0, config.sigma, (config.population, NUM_PARAMETERS))).float()
     namm, taken, differences = NAMM(), [], []
+    sample, condition, host = reader.draw(Job("train", (_KEY, samples), 0, len(config.kinds)))
+    read_population(host.model, sample, condition, namm, vectors[:2], 2)  # kernels and memory are there for both
     for number in track(range(samples), "samples", console=console):
         sample, condition, host = reader.draw(Job("train", (_KEY, number), number, len(config.kinds)))
         began = time.perf_counter()
