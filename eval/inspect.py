@@ -22,7 +22,7 @@ from namm_transfer.eval.lighting import lit, write_lit_mp4
 from namm_transfer.eval.offline_rl.inspect_episode import inspect_episode
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.rl_tasks import Episodes
-from namm_transfer.eval.video import decode
+from namm_transfer.eval.video import DecodedVideo
 from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
 from namm_transfer.policies import Policy
@@ -42,6 +42,10 @@ class Inspectable(Protocol):
 
     def clip_path(self, number: int) -> Path:
         """File of a packaged clip."""
+        ...
+
+    def watch(self, path: Path) -> DecodedVideo:
+        """What the host is shown of a file."""
         ...
 
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
@@ -66,7 +70,7 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
     if isinstance(clip, bool) or not isinstance(clip, int | str):
         raise ConfigError(f"clip is {clip!r}; expected the number of a packaged clip, or the path of a file")
     path = task.clip_path(clip) if isinstance(clip, int) else Path(clip)
-    video = decode(path)
+    video = task.watch(path)
     frames = video.frames
     shown = config["frames"]
     if isinstance(shown, bool) or not isinstance(shown, int) or not 1 <= shown <= len(frames):

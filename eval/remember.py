@@ -17,8 +17,9 @@ from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.task import host_folder
 from namm_transfer.eval.transfer import Interrupted
-from namm_transfer.eval.video import stream
-from namm_transfer.eval.video_qa.host import PACKAGED, VideoQAProcessor, fit, load_host, pixel_values
+from namm_transfer.eval.video import fit, stream
+from namm_transfer.eval.video_qa.clips import SIDE
+from namm_transfer.eval.video_qa.host import PACKAGED, VideoQAProcessor, load_host, pixel_values
 from namm_transfer.eval.workers import build_policy
 from namm_transfer.policies import Policy
 
@@ -116,7 +117,7 @@ def _stored(resume: Path | None, policy: Policy) -> VideoMemory | None:
 
 
 def _pixels(frames: Any) -> torch.Tensor:
-    return pixel_values(fit(frames))
+    return pixel_values(fit(frames, SIDE))
 
 
 def _report(memory: VideoMemory, positions: int, console: Console) -> None:

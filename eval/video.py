@@ -21,12 +21,15 @@ from typing import BinaryIO, Self
 import av
 import decord
 import numpy as np
+import torch
+from einops import rearrange
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.video_file import VideoFile, picture, probe, read_in_order
 from namm_transfer.files import replacing
 
-__all__ = ["DecodedVideo", "VideoStream", "decode", "stream", "through_mp4", "write_mp4"]
+__all__ = ["DecodedVideo", "VideoStream", "decode", "fit", "stream", "through_mp4", "write_mp4"]
 
 DAMAGED = 1e-9
 """Fraction of frames that decord may replace by their neighbours: none."""
@@ -49,6 +52,7 @@ def decode(
     path: str | os.PathLike[str],
     *,
     num_frames: int | None = None,
+    at_most: int | None = None,
     fps: float | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     timestamps: Sequence[float] | np.ndarray | None = None,
@@ -60,6 +64,7 @@ def decode(
     Args:
         path: a file that FFmpeg reads.
         num_frames: this many frames, evenly spaced from the first to the last.
+        at_most: the same of a longer video; all frames of one that has no more.
         fps: the frames shown at this many moments a second; each at most once.
         indices: exactly these frames, in this order.
         timestamps: the frames shown at these seconds, in this order.
@@ -68,9 +73,11 @@ def decode(
         ConfigError: more than one selection, or one out of range.
         VideoError: the file is missing, empty, truncated or corrupt, or has no video; names file and fault.
     """
-    if sum(option is not None for option in (num_frames, fps, indices, timestamps)) > 1:
-        raise ConfigError("expected at most one of num_frames, fps, indices and timestamps")
+    if sum(option is not None for option in (num_frames, at_most, fps, indices, timestamps)) > 1:
+        raise ConfigError("expected at most one of num_frames, at_most, fps, indices and timestamps")
     file = probe(path)
+    if at_most is not None:
+        num_frames = min(at_most, len(file))
     chosen = _choose(file.times, num_frames, fps, indices, timestamps)
     return DecodedVideo(_read(file, chosen), file.times[chosen], file.path)
 
@@ -200,6 +207,18 @@ def through_mp4(frames: np.ndarray, fps: float, *, crf: int = 12) -> np.ndarray:
     buffer.seek(0)
     reader = decord.VideoReader(buffer, ctx=decord.cpu(0), num_threads=1)
     return reader.get_batch(range(len(reader))).asnumpy()
+
+
+def fit(frames: np.ndarray, side: int) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] of any size to [T, side, side, 3]: the shorter side is scaled, the middle is kept."""
+    height, width = frames.shape[1:3]
+    if (height, width) == (side, side):
+        return frames
+    scale = side / min(height, width)
+    size = [max(side, round(height * scale)), max(side, round(width * scale))]
+    images = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+    scaled = center_crop(resize(images, size, antialias=True), [side, side])
+    return rearrange(scaled, "t c h w -> t h w c").numpy()
 
 
 def _writable(frames: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:

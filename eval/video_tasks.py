@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -26,18 +26,22 @@ from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.results import UNDECODABLE
 from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder, measured
-from namm_transfer.eval.video import decode
+from namm_transfer.eval.video import DecodedVideo, decode, fit
 from namm_transfer.eval.video_classification import host as encoder_host
 from namm_transfer.eval.video_classification import packaged as motion_clips
 from namm_transfer.eval.video_classification.evaluate import LabelledClip
 from namm_transfer.eval.video_qa import host as llm_host
 from namm_transfer.eval.video_qa import packaged as qa_clips
+from namm_transfer.eval.video_qa.clips import SIDE
 from namm_transfer.eval.video_qa.evaluate import QAClip, ask
 from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER, Question, parse_answer
 from namm_transfer.memory import MemoryCache
 from namm_transfer.policies import Policy
 
 __all__ = ["Motion", "ShapesQA"]
+
+MOST_FRAMES = 1024
+"""Of a video whose frames are all held at once; `remember` is for longer ones."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class _ClipTask(ABC):
         for name, members in groupby(units, key=lambda unit: unit.cluster):
             clip, of_clip = self._clips[name], list(members)
             try:
-                frames = decode(self._file(clip)).frames
+                frames = self.watch(self._file(clip)).frames
             except VideoError as error:
                 fault = str(error).replace(str(clip.path), clip.path.name)
                 yield from (Outcome(unit, status=UNDECODABLE, error=fault) for unit in of_clip)
@@ -75,6 +79,14 @@ class _ClipTask(ABC):
     def clip_path(self, number: int) -> Path:
         """File of a packaged clip."""
         return self._file(_numbered(list(self._clips.values()), number))
+
+    @abstractmethod
+    def watch(self, path: Path) -> DecodedVideo:
+        """What the host is shown of a video file of any size and length: uint8 [T, S, S, 3].
+
+        Raises:
+            VideoError: the file cannot be decoded, or is too short.
+        """
 
     @abstractmethod
     def retained(self, frames: np.ndarray, policy: Policy) -> np.ndarray:
@@ -129,10 +141,12 @@ class _ClipTask(ABC):
 class ShapesQA(_ClipTask):
     """Multiple-choice questions about moving shapes; a unit is a question, its cluster the clip.
 
+    Of a video that has more than `frames`, so many are shown, evenly spaced.
     The video is read once: every question is asked of a fork of the memory that it left.
     """
 
     questions: int
+    frames: int = 64
     metric: str = "accuracy"
     baselines: tuple[str, ...] = ()
 
@@ -141,11 +155,15 @@ class ShapesQA(_ClipTask):
 
     def __post_init__(self) -> None:
         questions = min(len(clip.questions) for clip in self._clips.values())
-        check_settings(self, self._packaged, clips=len(self._clips), questions=questions)
+        check_settings(self, self._packaged, clips=len(self._clips), questions=questions, frames=MOST_FRAMES)
 
     def units(self, seed: int) -> list[Unit]:
         """`questions` of each of the first `clips` clips."""
         return [Unit(f"{clip}/{q}", clip) for clip in list(self._clips)[: self.clips] for q in range(self.questions)]
+
+    def watch(self, path: Path) -> DecodedVideo:
+        video = decode(path, at_most=self.frames)
+        return replace(video, frames=fit(video.frames, SIDE))
 
     def _outcomes(self, clip: QAClip, frames: np.ndarray, units: Sequence[Unit], policy: Policy) -> Iterator[Outcome]:
         questions = _families_in_turn(clip.questions)
@@ -202,6 +220,13 @@ class Motion(_ClipTask):
     def units(self, seed: int) -> list[Unit]:
         """The first `clips` clips."""
         return [Unit(clip, clip) for clip in list(self._clips)[: self.clips]]
+
+    def watch(self, path: Path) -> DecodedVideo:
+        _, processor = self._host
+        video = decode(path, at_most=processor.frames)
+        if len(video.frames) < processor.frames:
+            raise VideoError(f"{path}: {len(video.frames)} frames; expected at least {processor.frames}")
+        return replace(video, frames=fit(video.frames, processor.side))
 
     def _outcomes(
         self, clip: LabelledClip, frames: np.ndarray, units: Sequence[Unit], policy: Policy

@@ -12,7 +12,6 @@ import torch
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop, resize
 from transformers import (
     BatchEncoding,
     CLIPVisionConfig,
@@ -138,18 +137,6 @@ class VideoQAProcessor:
     def decode(self, tokens: torch.Tensor) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def fit(frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] of any size to [T, S, S, 3]: the shorter side is scaled to S, the middle is kept."""
-    height, width = frames.shape[1:3]
-    if (height, width) == (SIDE, SIDE):
-        return frames
-    scale = SIDE / min(height, width)
-    size = [max(SIDE, round(height * scale)), max(SIDE, round(width * scale))]
-    images = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
-    scaled = center_crop(resize(images, size, antialias=True), [SIDE, SIDE])
-    return rearrange(scaled, "t c h w -> t h w c").numpy()
 
 
 def pixel_values(frames: np.ndarray) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from namm_transfer import MemoryCache, adapt, policy
 from namm_transfer.cli import app
 from namm_transfer.eval import remember as module
-from namm_transfer.eval.video import decode, write_mp4
+from namm_transfer.eval.video import decode, fit, write_mp4
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import ANSWER_TOKENS, ask
-from namm_transfer.eval.video_qa.host import fit, load_host
+from namm_transfer.eval.video_qa.host import load_host
 from namm_transfer.eval.video_qa.hour import HourConfig, difference, draw
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 
@@ -138,13 +138,13 @@ def test_unknown_words_are_named(run, video):
 def test_frames_are_fitted_to_the_host():
     frames = np.zeros((2, 90, 160, 3), np.uint8)
     frames[:, :, 80:] = 255
-    fitted = fit(frames)
+    fitted = fit(frames, 64)
     assert fitted.shape == (2, 64, 64, 3)
     assert fitted[:, :, :28].max() < 30 and fitted[:, :, 36:].min() > 225, "the middle, not squeezed"
     small = np.arange(2 * 20 * 10 * 3, dtype=np.uint8).reshape(2, 20, 10, 3)
-    assert fit(small).shape == (2, 64, 64, 3)
+    assert fit(small, 64).shape == (2, 64, 64, 3)
     exact = render(make_clip(3))
-    assert fit(exact) is exact
+    assert fit(exact, 64) is exact
 
 
 def test_a_long_video_is_drawn_clip_after_clip(tmp_path):

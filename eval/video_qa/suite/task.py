@@ -30,7 +30,6 @@ DRAWN = "drawn"
 class SuiteQA(ShapesQA):
     """Eight families of questions about long, redundant clips; a unit is a question, its cluster the clip."""
 
-    frames: int = 64
     redundancy: float = 0.5
     families: Sequence[str] = FAMILIES
 
