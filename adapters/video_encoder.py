@@ -11,6 +11,7 @@ from namm_transfer.adapters.base import Host, use_namm_attention
 from namm_transfer.attention import NAME
 from namm_transfer.encoder import EncoderMemory
 from namm_transfer.errors import CacheError
+from namm_transfer.scoring import Policy
 from namm_transfer.stats import MemoryStats
 
 __all__ = ["EncoderHost", "VideoEncoderHost", "attention_modules", "special_tokens"]
@@ -32,10 +33,26 @@ def special_tokens(model: nn.Module) -> int:
 
 
 class EncoderHost(Host):
-    """An encoder under a policy: every call streams its queries past a memory of all its keys and values."""
+    """An encoder under a policy: every call streams its queries past a memory of all its keys and values.
+
+    Args:
+        model, policy, update_interval: as of every host.
+        carried: a token that every head of a layer evicted is gone for the later layers (see `EncoderMemory`).
+    """
 
     memory: EncoderMemory | None = None
     """The memory of the last call."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        update_interval: int = Host.default_interval,
+        *,
+        carried: bool = False,
+    ) -> None:
+        super().__init__(model, policy, update_interval)
+        self.carried = carried
 
     def modules(self) -> dict[nn.Module, int]:
         """The attention modules that get the memory, and the special tokens in front of each one's sequence."""
@@ -43,7 +60,7 @@ class EncoderHost(Host):
 
     def new_memory(self) -> EncoderMemory:
         """An empty memory under the host's policy."""
-        return EncoderMemory(self.policy, self.update_interval, self.modules())
+        return EncoderMemory(self.policy, self.update_interval, self.modules(), carried=self.carried)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's own call, its self-attention under the policy.

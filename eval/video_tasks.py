@@ -232,7 +232,7 @@ class Motion(_ClipTask):
         self, clip: LabelledClip, frames: np.ndarray, units: Sequence[Unit], policy: Policy
     ) -> Iterator[Outcome]:
         model, processor = self._host
-        with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
+        with torch.inference_mode(), self._adapted(model, policy) as host:
             inputs = {key: value.to(model.device) for key, value in processor(frames).items()}
             label = int(host(**inputs).logits.argmax(-1))
             stats = host.stats()
@@ -244,10 +244,13 @@ class Motion(_ClipTask):
         """Patches that each layer and head holds after its last decision: bool [L, K, U, h, w]."""
         model, processor = self._host
         inputs = {key: value.to(model.device) for key, value in processor(frames).items()}
-        with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
+        with torch.inference_mode(), self._adapted(model, policy) as host:
             host(**inputs)
             held = [layer[0] for layer in host.memory.retained()]
         return _grid(held, special_tokens(model), encoder_host.token_grid(model))
+
+    def _adapted(self, model: Any, policy: Policy) -> Any:
+        return adapt(model, policy, self.model["update_interval"], carried=self.model.get("carried", False))
 
     def _read_clips(self, folder: Path) -> list[LabelledClip]:
         return motion_clips.packaged_clips(folder)

@@ -34,18 +34,26 @@ class EncoderMemory:
         update_interval: queries between two decisions, a multiple of 16.
         modules: the attention modules that are meant, and the number of special tokens (class, registers) at the
             front of each one's sequence: these are read out last; their keys stay as long as the policy likes.
+        carried: what every head of a layer has evicted by its end is gone for the later layers: nothing attends to it,
+            and its own attention is not computed (zeros stand for it); special tokens go on asking. Otherwise every
+            layer begins with all tokens.
 
     Attributes:
         layers: what each module's calls did, in the order of the first calls.
         batch: inputs in the batch, where it is known; an attention call may have several rows for each.
     """
 
-    def __init__(self, policy: Policy, update_interval: int, modules: Mapping[nn.Module, int]) -> None:
+    def __init__(
+        self, policy: Policy, update_interval: int, modules: Mapping[nn.Module, int], *, carried: bool = False
+    ) -> None:
         self.policy = policy
         self.update_interval = check_interval(update_interval)
         self.modules = modules
+        self.carried = carried
         self.layers: dict[nn.Module, list[_Pass]] = {}
         self.batch: int | None = None
+        self._left: Tensor | None = None
+        """[B, N] bool, in the order of the queries: the tokens that earlier layers left, in mode `carried`."""
 
     @contextmanager
     def listening(self) -> Iterator[EncoderMemory]:
@@ -87,37 +95,71 @@ class EncoderMemory:
             )
         rows, _, count, _ = query.shape
         self._check_rows(module, rows)
-        device = query.device
         # temporal order, special tokens last; positions are ranks in that order
-        order = torch.arange(count, device=device).roll(-self.modules[module])
-        fields = {
-            "keys": ((key.shape[-1],), key.dtype),
-            "values": ((value.shape[-1],), value.dtype),
-            "positions": ((), torch.int32),
-        }
-        state = self.policy.fields(key.dtype) | (self.policy.unfinished_fields(key.dtype) if count % HOP else {})
-        tokens = TokenStore.empty(rows, key.shape[1], fields | state, device)
-        tokens.reserve(count, exact=True)
-        positions = torch.arange(count, device=device, dtype=torch.int32).expand(rows, key.shape[1], -1)
-        tokens.append({"keys": key[:, :, order], "values": value[:, :, order], "positions": positions})
+        special = self.modules[module]
+        order = torch.arange(count, device=query.device).roll(-special)
+        left = self._tokens_left(module, rows, order) if self.carried else None
+        tokens = self._filled(key, value, order, left)
 
         passes = self.layers.setdefault(module, [])
         layer = list(self.layers).index(module)
-        view = LayerView(tokens, layer, (0, rows), count, 0, self.update_interval)
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
         record = _Pass(tokens, rows, count)
-        step = self.update_interval if self.policy.evicts else count
-        for start in range(0, count, step):
-            block = order[start : start + step]
-            record.attended += len(block) * tokens.lengths.double().mean(1).cpu()
-            out[:, :, block] = watch(view, self.policy, query[:, :, block], lambda a, b: None, options)
-            if self.policy.evicts and start + step < count:
-                tokens.keep(self.policy.decide(view))
-                record.updates += 1
-                record.kept += tokens.lengths.double().mean(1).cpu() / count
+        for first, last in [(0, rows)] if left is None else [(row, row + 1) for row in range(rows)]:
+            of_rows = tokens.rows(first, last)
+            asked = order if left is None else order[left[first]]
+            view = LayerView(of_rows, layer, (first, last), count, 0, self.update_interval)
+            step = self.update_interval if self.policy.evicts else len(asked)
+            for start in range(0, len(asked), step):
+                block = asked[start : start + step]
+                record.attended[first:last] += len(block) * of_rows.lengths.double().mean(1).cpu()
+                found = watch(view, self.policy, query[first:last, :, block], lambda a, b: None, options)
+                out[first:last, :, block] = found
+                if self.policy.evicts and start + step < len(asked):
+                    of_rows.keep(self.policy.decide(view))
+                    record.updates[first:last] += 1
+                    record.kept[first:last] += of_rows.lengths.double().mean(1).cpu() / count
+        tokens.recount()
+        if left is not None:
+            self._left = left & (_held(tokens, count) | (torch.arange(count, device=left.device) >= count - special))
         tokens.trim(settled=True)
         passes.append(record)
         return out
+
+    def _tokens_left(self, module: nn.Module, rows: int, order: Tensor) -> Tensor:
+        """[rows, N] bool, in the order [N] of the queries."""
+        left, count = self._left, len(order)
+        if left is None:
+            left = torch.ones(rows, count, dtype=torch.bool, device=order.device)
+        if tuple(left.shape) != (rows, count):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends in {rows} rows to {count} tokens, an earlier layer in {len(left)} "
+                f"rows to {left.shape[1]}: what is evicted can be carried only between layers of the same tokens"
+            )
+        return left
+
+    def _filled(self, key: Tensor, value: Tensor, order: Tensor, left: Tensor | None) -> TokenStore:
+        """A store of a layer's keys and values [B, K, N, ...] in order, of those that are left."""
+        rows, heads, count, _ = key.shape
+        given = {"keys": key[:, :, order], "values": value[:, :, order]}
+        positions = torch.arange(count, device=key.device, dtype=torch.int32).expand(rows, heads, -1)
+        uneven = count % HOP if left is None else bool((left.sum(1) % HOP).any())
+        state = self.policy.fields(key.dtype) | (self.policy.unfinished_fields(key.dtype) if uneven else {})
+        if left is None:
+            fields = {name: ((x.shape[-1],), x.dtype) for name, x in given.items()} | {"positions": ((), torch.int32)}
+            tokens = TokenStore.empty(rows, heads, fields | state, key.device)
+            tokens.reserve(count, exact=True)
+            tokens.append(given | {"positions": positions})
+            return tokens
+        lengths = left.sum(1)
+        front = torch.argsort(~left, dim=1, stable=True)[:, : int(lengths.max())]  # those that are left come first
+        where = front[:, None, :].expand(-1, heads, -1)
+        given = {name: x.gather(2, where[..., None].expand(-1, -1, -1, x.shape[-1])) for name, x in given.items()}
+        tokens = TokenStore.from_padded(
+            given | {"positions": positions.gather(2, where)}, lengths[:, None].repeat(1, heads)
+        )
+        tokens.add_fields(state)
+        return tokens
 
     def _check_rows(self, module: nn.Module, rows: int) -> None:
         inputs = rows if self.batch is None else self.batch
@@ -144,7 +186,7 @@ class EncoderMemory:
                 f"policy {self.policy.name!r} did nothing; use the host inside its 'with' block"
             )
         passes = [p for layer in self.layers.values() for p in layer]
-        if self.policy.evicts and not any(p.updates for p in passes):
+        if self.policy.evicts and not any(p.updates.any() for p in passes):
             longest = max(p.count for p in passes)
             advice = f"choose a multiple of {HOP} below {longest}" if longest > HOP else "no interval is that small"
             raise CacheError(
@@ -162,7 +204,7 @@ class EncoderMemory:
         return measure(
             [p.tokens for p in passes],
             [[p.count] * p.rows for p in passes],
-            [[p.updates] * p.rows for p in passes],
+            [p.updates.tolist() for p in passes],
             [p.kept.tolist() for p in passes],
             inputs=self.batch,
         )
@@ -190,6 +232,13 @@ class _Pass:
         self.tokens = tokens
         self.rows = rows
         self.count = count
-        self.updates = 0
+        self.updates = torch.zeros(rows, dtype=torch.int64)
         self.kept = torch.zeros(rows, dtype=torch.float64)
         self.attended = torch.zeros(rows, dtype=torch.float64)
+
+
+def _held(tokens: TokenStore, count: int) -> Tensor:
+    """[B, count] bool: the positions of which any head of a row holds the token."""
+    held = torch.zeros(len(tokens.lengths), count + 1, dtype=torch.bool, device=tokens.lengths.device)
+    positions = tokens["positions"].long().masked_fill(~tokens.valid(), count)  # padding goes where nobody looks
+    return held.scatter_(1, positions.flatten(1), True)[:, :count]

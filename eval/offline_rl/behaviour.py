@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
-from namm_transfer.eval.offline_rl.claim import claim
+from namm_transfer.eval.claim import claim
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.files import replacing
 

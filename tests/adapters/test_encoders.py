@@ -27,7 +27,7 @@ from namm_transfer import NAMM, adapt, policy
 from namm_transfer.adapters.timesformer import TimesformerHost
 from namm_transfer.adapters.timm_vit import TimmHost
 from namm_transfer.adapters.video_encoder import VideoEncoderHost
-from namm_transfer.errors import CacheError, ConfigError
+from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.network import NUM_PARAMETERS
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -216,6 +216,66 @@ def test_attention_work_shrinks() -> None:
         work = adapted.memory.attention_work()
     # 65 queries: 16 see 65 keys, 49 see 16
     assert work == pytest.approx((16 * 65 + 49 * 16) / 65**2)
+
+
+CARRIES = [name for name in HOSTS if name != "timesformer"]
+
+
+@pytest.mark.parametrize("name", CARRIES)
+@pytest.mark.parametrize("chosen", ["full", "h2o"])
+def test_carried_with_nothing_evicted_is_the_model_itself(name: str, chosen: str) -> None:
+    model, inputs = HOSTS[name][0]()
+    before = output(model.eval(), inputs)
+    kept = policy("full") if chosen == "full" else policy("h2o", budget=1.0)
+    with adapt(model, kept, update_interval=16, carried=True) as adapted:
+        torch.testing.assert_close(output(adapted, inputs), before, atol=1e-5, rtol=0)
+        assert adapted.memory.attention_work() == 1.0
+
+
+@pytest.mark.parametrize("name", CARRIES)
+@pytest.mark.parametrize("chosen", ["h2o", "random", "namm", "key_norm"])
+def test_what_all_heads_evicted_is_gone_for_later_layers(name: str, chosen: str) -> None:
+    model, inputs = HOSTS[name][0]()
+    flat = torch.randn(NUM_PARAMETERS, generator=torch.Generator().manual_seed(0)) * 0.1
+    options = {"namm": NAMM.from_vector(flat)} if chosen == "namm" else {}
+    with adapt(model.eval(), policy(chosen, budget=0.2, **options), update_interval=16, carried=True) as adapted:
+        both = output(adapted, inputs)
+        carried, work = adapted.memory.retained(), adapted.memory.attention_work()
+        assert set(adapted.stats().updates_by_row) != {0}
+    with adapt(model, policy(chosen, budget=0.2, **options), update_interval=16) as adapted:
+        output(adapted, inputs)
+        alike, work_by_layer = adapted.memory.retained(), adapted.memory.attention_work()
+    first, second = carried
+    special = adapted.memory.modules[next(iter(adapted.memory.modules))]
+    for row, (before, after) in enumerate(zip(first, second, strict=True)):
+        left = set(torch.cat(before).tolist()) | set(range(special))
+        assert set(torch.cat(after).tolist()) <= left
+        assert [x.tolist() for x in before] == [x.tolist() for x in alike[0][row]], "the first layer is untouched"
+    assert work < work_by_layer
+    # rows of other lengths are read as they are alone
+    with adapt(model, policy(chosen, budget=0.2, **options), update_interval=16, carried=True) as adapted:
+        single = output(adapted, {k: v[1:] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+    if chosen != "random":  # which draws by row
+        torch.testing.assert_close(both[1:], single, atol=1e-5, rtol=0)
+
+
+def test_carried_work_is_that_of_the_tokens_left() -> None:
+    """One head's choice is every head's, so that a fifth is left: 13 queries, and the class token, see 13 keys."""
+    model, inputs = vivit()
+    with adapt(model.eval(), policy("streaming", budget=13, sinks=0), update_interval=16, carried=True) as adapted:
+        output(adapted, inputs)
+        work = adapted.memory.attention_work()
+    first = 16 * 65 + 49 * 13
+    assert work == pytest.approx((first + 13 * 13) / 2 / 65**2)  # the class token is among the 13
+
+
+def test_layers_over_other_tokens_cannot_carry() -> None:
+    model, inputs = timesformer()
+    with (
+        adapt(model.eval(), policy("h2o", budget=0.5), update_interval=16, carried=True) as adapted,
+        pytest.raises(UnsupportedModelError, match="8 rows to 65 tokens, an earlier layer in 128 rows to 4"),
+    ):
+        output(adapted, inputs)
 
 
 def test_a_host_outside_its_block_is_no_silent_no_op() -> None:
