@@ -85,7 +85,7 @@ class Episodes:
             else:
                 interval = self.model["update_interval"]
                 host = stack.enter_context(adapt(model, policy, interval, normalisation=normalisation))
-                agent = MemoryAgent(host, len(units))
+                agent = MemoryAgent(host, len(units), once=True)
             for record in rollout(agent, envs, by_seed):
                 self._refuse_ended_at_once(record, normalisation.env_id)
                 row, unit = by_seed[record.seed]

@@ -23,13 +23,21 @@ from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.files import write_atomically
 from namm_transfer.scoring import check_budget
 
-__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "study"]
+__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_shared", "study"]
+
+_SHARED = "rules_shared"
 
 
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The full cache, the baselines of tasks that have them, and every rule at every budget."""
     ranked = {f"{rule}-{budget}": {"name": rule, "budget": budget} for budget in budgets for rule in rules}
     return {"full": {"name": "full"}, **{name: {"name": name} for name in BASELINES}, **ranked}
+
+
+def columns_shared(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Rules whose budget the heads of a layer share, as a NAMM's do by default."""
+    settings = {rule: {"name": rule, "allocation": "per_layer"} for rule in rules}
+    return {f"{rule}_shared-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
 
 
 def columns_of_namm(
@@ -56,7 +64,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
 
     Args:
         config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
-            policy), `thresholds`, `rules`, `budgets`, `seed`, `executor`.
+            policy), `thresholds`, `rules`, `shared_rules`, `budgets`, `seed`, `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -69,11 +77,15 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     for budget in budgets:
         if isinstance(check_budget(budget), int):
             raise BudgetError(f"budgets are fractions of the tokens seen; got {budget!r}")
-    if bad := [name for name in namms if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules")]:
+    if bad := [
+        name for name in namms if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules", _SHARED)
+    ]:
         raise ConfigError(
             f"namms has the columns {bad}; expected names of letters, digits and underscores of their own"
         )
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
+    if config["shared_rules"]:
+        parts[_SHARED] = columns_shared(config["shared_rules"], budgets)
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts:
         parts[REFERENCE] |= columns_matched(config["rules"])

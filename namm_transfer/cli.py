@@ -84,13 +84,20 @@ def study(overrides: Overrides = None) -> None:
 @app.command()
 def evolve(overrides: Overrides = None, resume: Resume = None) -> None:
     """Evolve a NAMM on language."""
+    from namm_transfer.eval.provenance import record
+    from namm_transfer.evolution.config import EvolutionConfig
     from namm_transfer.evolution.run import evolve as run
     from namm_transfer.evolution.run import stored_settings
 
     settings = composed("evolve", overrides or [])
     if resume:  # what the folder was begun with, and on top of it what is given now
-        settings["evolution"] = stored_settings(resume) | given(settings, "evolution", overrides or [])
-    run(settings, resume=resume, console=_console())
+        for group, stored in stored_settings(resume).items():
+            settings[group] = stored | given(settings, group, overrides or [])
+
+    def provenance(folder: Path, config: EvolutionConfig) -> None:
+        record(folder / "provenance.json", {"hosts": ", ".join(config.hosts)}, config.seed)
+
+    run(settings, resume=resume, console=_console(), provenance=provenance)
 
 
 @app.command()

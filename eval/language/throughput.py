@@ -34,17 +34,17 @@ _KEY = 200
 """First entry of the keys of samples; evolution uses others."""
 
 
-def throughput(config: EvolutionConfig, samples: int, threads: int | None, console: Console) -> dict[str, Any]:
+def throughput(config: EvolutionConfig, samples: int, threads: int, console: Console) -> dict[str, Any]:
     """Seconds per sample of both ways, their ratio, and how far their log-likelihoods differ.
 
     Args:
         config: of the evolution, which says what samples are read and by how many candidates.
         samples: how many.
-        threads: of the host; None for what torch chooses.
+        threads: of the host.
         console: shows the progress.
     """
     reader = Reader(config)
-    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_num_threads(threads)
     rng = np.random.default_rng([config.seed, _KEY])
     vectors = torch.from_numpy(rng.normal(0, config.sigma, (config.population, NUM_PARAMETERS))).float()
     namm, taken, differences = NAMM(), [], []
@@ -65,6 +65,9 @@ def throughput(config: EvolutionConfig, samples: int, threads: int | None, conso
     return {
         "population": config.population,
         "samples": samples,
+        "lengths": config.lengths,
+        "questions": config.questions,
+        "threads": threads,
         "batched_seconds": batched.tolist(),
         "member_by_member_seconds": single.tolist(),
         "ratio": float(single.sum() / batched.sum()),
@@ -77,7 +80,7 @@ def throughput(config: EvolutionConfig, samples: int, threads: int | None, conso
 def main(
     out: Annotated[Path, typer.Option(help="Folder for throughput.json and its provenance.")],
     samples: Annotated[int, typer.Option(help="How many samples.", min=1)] = 7,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; what torch chooses by default.", min=1)] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; evolution's own processes have one.", min=1)] = 1,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Samples per second of a population as rows of a batch, beside member by member."""

@@ -24,15 +24,23 @@ KINDS = ("return", "state", "action")
 
 
 class MemoryAgent:
-    """An `Agent` (see `rollout`) with a memory: each timestep is computed once, nothing is computed again."""
+    """An `Agent` (see `rollout`) with a memory: each timestep is computed once, nothing is computed again.
 
-    def __init__(self, host: DecisionTransformerHost, num_envs: int) -> None:
-        self.host, self.num_envs = host, num_envs
+    Args:
+        host: under a policy.
+        num_envs: E.
+        once: each row plays one episode. What it does behind the end is dropped, so it is not begun anew: rows that
+            began together stay in step, and rows in step are computed together.
+    """
+
+    def __init__(self, host: DecisionTransformerHost, num_envs: int, *, once: bool = False) -> None:
+        self.host, self.num_envs, self.once = host, num_envs, once
         host.reset(num_envs)
 
     def reset(self, rows: NDArray[np.intp]) -> None:
         """Forget the episodes of `rows`."""
-        self.host.reset_rows(rows)
+        if not self.once:
+            self.host.reset_rows(rows)
 
     def act(self, observations: NDArray[np.floating], rewards: NDArray[np.floating]) -> NDArray[np.float32]:
         """Actions [E, A] for observations [E, O] and the rewards [E] of the previous actions."""
@@ -92,7 +100,7 @@ class WatchedAgent(MemoryAgent):
     """
 
     def __init__(self, host: DecisionTransformerHost, num_envs: int, envs: SyncVectorEnv | None = None) -> None:
-        super().__init__(host, num_envs)
+        super().__init__(host, num_envs, once=True)
         self.envs = envs
         self.decisions: list[list[NDArray[np.bool_]]] = [[] for _ in range(num_envs)]
         self.bodies: list[list[NDArray[np.float32]]] = [[] for _ in range(num_envs)]

@@ -18,6 +18,7 @@ __all__ = ["calibrate", "with_vector"]
 
 _CALIBRATION = 3
 """First entry of the keys of samples; see `run`."""
+_SAMPLES = 12
 
 
 def calibrate(namm: NAMM, config: EvolutionConfig, target: float, readers: Readers) -> tuple[NAMM, float]:
@@ -26,15 +27,15 @@ def calibrate(namm: NAMM, config: EvolutionConfig, target: float, readers: Reade
     Ranks do not depend on the bias, so under a budget the NAMM stays the same.
 
     Returns:
-        The calibrated NAMM and the fraction that it keeps on the samples of the last round.
+        The calibrated NAMM and the fraction that it keeps there.
 
     Raises:
         DataError: no shift within the range tried keeps so much, or so little.
     """
     vector = namm.to_vector().double().numpy()
     shifts = np.concatenate([-np.geomspace(16, 0.02, 6), np.geomspace(0.02, 16, 6)])
-    for samples in (4, 8, 12):  # scores have a scale of their own: find the crossing coarsely, then more finely
-        jobs = [Job("train", (_CALIBRATION, i), i, len(config.kinds), by_threshold=True) for i in range(samples)]
+    jobs = [Job("train", (_CALIBRATION, i), i, len(config.kinds), by_threshold=True) for i in range(_SAMPLES)]
+    for _ in range(3):  # scores have a scale of their own: find the crossing coarsely, then more finely
         shifted = np.repeat(vector[None], len(shifts), 0)
         shifted[:, -1] += shifts
         kept = mean_kept(readers.read(jobs, namm, shifted))
@@ -46,9 +47,7 @@ def calibrate(namm: NAMM, config: EvolutionConfig, target: float, readers: Reade
             )
         nearest = int(np.abs(kept - target).argmin())
         chosen, fraction = shifts[nearest], float(kept[nearest])
-        lower, upper = shifts[enough[0] - 1], shifts[enough[0]]
-        margin = 0.25 * (upper - lower)  # more samples may move the crossing out of the bracket
-        shifts = np.linspace(lower - margin, upper + margin, 6)
+        shifts = np.linspace(shifts[enough[0] - 1], shifts[enough[0]], 6)  # the same samples: it crosses in between
     vector[-1] += chosen
     return with_vector(namm, vector), fraction
 

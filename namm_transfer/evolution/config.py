@@ -15,8 +15,9 @@ __all__ = ["EvolutionConfig"]
 
 # When to stop and how to spread the work do not touch what is searched: a run may be resumed with other values.
 _FREE_TO_CHANGE = frozenset({"generations", "minutes", "workers"})
-_DRAWS = 4
-"""What the settings mean (budgets were once drawn otherwise, and the price was linear); part of the identity."""
+_DRAWS = 5
+"""What the settings mean (budgets were once drawn otherwise, the price was linear, and a decision could fall behind the
+answers); part of the identity."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class EvolutionConfig:
         agreement: rank correlation of the fitness on one half of a generation's samples with that on the other half;
             while its running mean is below this, the number of samples grows, up to `samples_max`.
         lengths: pairs of text length before the first question and tokens between two evictions (the update interval,
-            a multiple of 16, at most the length: else a sample would be answered before the first decision), drawn
-            per sample.
+            a multiple of 16, at most the length; where a sample's answers begin before that, the last multiple before
+            them), drawn per sample.
         questions: questions that a sample asks, for the kinds that can ask many.
         budgets: fractions of the tokens seen that a candidate may keep, by rank; null: it keeps what it scores above
             its threshold, and pays `price`. Every kind meets each of them in turn.

@@ -31,19 +31,20 @@ def utilities(outcomes: Sequence[Outcome], price: float) -> np.ndarray:
     What is lost grows about evenly with what is evicted, so that at an even price the best is to keep everything or
     next to nothing. The square makes each token dearer than the one before, and the best lies between.
 
-    A candidate whose value is not finite gets the sample's worst.
+    A candidate whose value is not finite gets the sample's worst; a sample on which none is finite is left out.
 
     Raises:
-        DataError: no candidate has a finite value on a sample.
+        DataError: no candidate has a finite value on any sample.
     """
     found = np.stack([o.difference - (price * o.kept**2 if o.budget is None else 0.0) for o in outcomes])
-    finite = np.isfinite(found)
-    if not finite.any(1).all():
-        place = int(np.flatnonzero(~finite.any(1))[0])
+    some = np.isfinite(found).any(1)
+    if not some.any():
         raise DataError(
-            f"a sample of kind {outcomes[place].kind!r} gave no candidate a finite value: the full cache's own "
-            f"log-likelihood is {outcomes[place].full}"
+            f"none of {len(outcomes)} samples gave any candidate a finite value; the full cache's own log-likelihoods "
+            f"are {[round(outcome.full, 3) for outcome in outcomes]}, fractions kept {[o.kept[0] for o in outcomes]}"
         )
+    found = found[some]
+    finite = np.isfinite(found)
     worst = np.where(finite, found, np.inf).min(1, keepdims=True)
     return np.where(finite, found, worst)
 

@@ -93,8 +93,9 @@ def fetch_package(requirement: str) -> Path:
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
         try:
             _install(requirement, partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
+            if not (target / module).is_dir():  # else another process was faster
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if not (target / module).is_dir():
@@ -165,7 +166,11 @@ def _convert(name: str, dtype: torch.dtype, ready: Path) -> None:
         tied = model.all_tied_weights_keys
         state = {key: value.contiguous() for key, value in model.state_dict().items() if key not in tied}
         save_file(state, partial / "state.safetensors")
-        os.replace(partial, ready)
+        try:
+            os.replace(partial, ready)
+        except OSError:
+            if not ready.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

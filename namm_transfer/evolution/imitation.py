@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,16 +71,17 @@ def imitate(
     Raises:
         DataError: a file cannot be read, or no sample had a decision before its answers.
     """
-    done = folder / _RESULT
+    done, notes = folder / _RESULT, folder / _NOTES
     if not done.exists():
-        notes = folder / _NOTES
         _note(config, readers, namm, notes, console)
         vector, losses = _learn(config, sorted(notes.glob("*.safetensors")), console)
-        journal.append("imitation", losses=losses)
         with replacing(done) as partial:
-            save_file({"vector": vector}, partial)
-        shutil.rmtree(notes)
-    return _load(done)["vector"]
+            save_file({"vector": vector, "losses": torch.tensor(losses, dtype=torch.float64)}, partial)
+    found = _load(done)
+    if not journal.of("imitation"):
+        journal.append("imitation", losses=found["losses"].tolist())
+    shutil.rmtree(notes, ignore_errors=True)
+    return found["vector"]
 
 
 def begun(config: EvolutionConfig) -> Tensor:
@@ -121,7 +123,7 @@ def _learn(config: EvolutionConfig, files: Sequence[Path], console: Console | No
     vector = nn.Parameter(begun(config))
     adam = torch.optim.Adam([vector], betas=(0.9, 0.99))
     steps, losses = config.imitation_steps, []
-    with progress_bar(console) as progress:
+    with progress_bar(console) as progress, _one_thread():
         task = progress.add_task("imitation", total=steps, status="")
         for step in range(steps):
             features, needed, weight, valid = _batch(samples, rng)
@@ -142,6 +144,17 @@ def _learn(config: EvolutionConfig, files: Sequence[Path], console: Console | No
         ]
         found[-1] -= torch.stack(middle).mean()
     return found, [float(np.mean(part)) for part in np.array_split(losses, min(10, steps))]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums have other bits on other numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _batch(samples: Sequence[dict[str, Tensor]], rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ Shape legend: P candidates, D parameters.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import cma
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits
 
 from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
@@ -70,7 +72,8 @@ class Search:
 
     def ask(self) -> np.ndarray:
         """New candidates, [P, D] float64."""
-        self._asked = self._es.ask()
+        with threadpool_limits(1, "blas"):  # an eigendecomposition has other bits on other numbers of threads
+            self._asked = self._es.ask()
         return np.stack(self._asked)
 
     def tell(self, fitness: np.ndarray) -> None:
@@ -82,7 +85,8 @@ class Search:
         fitness = np.asarray(fitness, dtype=np.float64)
         if fitness.shape != (len(self._asked),) or not np.isfinite(fitness).all():
             raise DataError(f"expected {len(self._asked)} finite fitness values; got {fitness!r}")
-        self._es.tell(self._asked, (-fitness).tolist())
+        with threadpool_limits(1, "blas"):
+            self._es.tell(self._asked, (-fitness).tolist())
         self._es.sigma = min(self._es.sigma, self._sigma_max)
         self._means.append(self.mean)
         self.generation += 1
@@ -126,6 +130,9 @@ def run_search(
         journal: where everything told is kept.
         config: when to stop and how often to validate.
         console: shows the progress.
+
+    Raises:
+        DataError: told the journal's generations again, the search asked for other candidates than it did then.
     """
     began = time.monotonic()
     validated = {record["generation"] for record in journal.of("validation")}
@@ -136,7 +143,12 @@ def run_search(
 
     keep_if_validated()
     for record in journal.of("generation"):
-        search.ask()
+        asked = _digest(search.ask())
+        if record.get("candidates", asked) != asked:
+            raise DataError(
+                f"{journal.path}: generation {record['generation']} had other candidates than the search asks for now "
+                "(another processor, or other versions of numpy or pycma?): told its fitness, it would go astray"
+            )
         search.tell(np.array(record["fitness"]))
         keep_if_validated()
 
@@ -150,7 +162,8 @@ def run_search(
             due = search.generation % config.validate_every == 0 or search.generation >= config.generations
             if due and search.generation not in validated:
                 of_mean, of_average = validate(search.generation, np.stack([search.mean, search.average]))
-                journal.append("validation_of_average", generation=search.generation, **of_average)
+                if search.generation not in {record["generation"] for record in journal.of("validation_of_average")}:
+                    journal.append("validation_of_average", generation=search.generation, **of_average)
                 journal.append("validation", generation=search.generation, **of_mean)
                 validated.add(search.generation)
                 keep_if_validated()
@@ -166,6 +179,7 @@ def run_search(
                 fitness=found.fitness.tolist(),
                 difference=np.asarray(found.difference).tolist(),
                 kept=np.asarray(found.kept).tolist(),
+                candidates=_digest(candidates),
                 sigma=search.sigma,
                 seconds=round(time.monotonic() - started, 2),
                 **found.detail,
@@ -173,6 +187,10 @@ def run_search(
             difference, kept = found.difference, float(np.mean(found.kept))
             status = f"best {difference.max():+.3f}  mean {difference.mean():+.3f}  kept {kept:.2f}"
             progress.update(task, completed=search.generation, status=status)
+
+
+def _digest(candidates: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(candidates).tobytes()).hexdigest()[:16]
 
 
 def progress_bar(console: Console | None) -> Progress:

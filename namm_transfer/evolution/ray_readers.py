@@ -5,6 +5,7 @@ Shape legend: P candidates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,11 @@ from namm_transfer.policies import FeatureStatistics
 
 __all__ = ["RayReaders"]
 
+_RETRIES = 5
+"""Of a job whose worker died: one that always kills its worker has to end."""
+_PATIENCE = 900
+"""Seconds for all workers to load their hosts."""
+
 
 class RayReaders:
     """Actors on a Ray cluster; one that dies is started again, on any node, and what it was reading is read again.
@@ -33,8 +39,8 @@ class RayReaders:
             `cpus_per_worker`, `gpus_per_worker`; `workers`, None for as many as the cluster has room for.
 
     Raises:
-        ConfigError: Ray is not installed, or the cluster has no room for a worker.
-        DataError: a worker cannot load a host.
+        ConfigError: Ray is not installed, or the cluster has no room for a worker, or for so many.
+        DataError: a worker cannot load a host, or does not start in time.
     """
 
     def __init__(self, config: EvolutionConfig, executor: Mapping[str, Any]) -> None:
@@ -46,14 +52,25 @@ class RayReaders:
         self._ray, self._rows = ray, config.rows_at_once
         self._started = not ray.is_initialized()
         if self._started:
-            ray.init(address=executor.get("address"), log_to_driver=False, include_dashboard=False)
+            ray.init(address=executor.get("address") or "local", log_to_driver=False, include_dashboard=False)
         needs = {"num_cpus": executor.get("cpus_per_worker", 1), "num_gpus": executor.get("gpus_per_worker", 0)}
-        worker: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **needs)(Reader)
+        settings = {key: value for key, value in os.environ.items() if key.startswith("NAMM_TRANSFER_")}
+        worker: Any = ray.remote(
+            max_restarts=-1, max_task_retries=_RETRIES, runtime_env={"env_vars": settings}, **needs
+        )(Reader)
         device = "cuda" if needs["num_gpus"] else "cpu"
-        count = executor.get("workers") or _room(ray.cluster_resources(), needs)
+        room = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], needs)
+        count = executor.get("workers") or room
+        if count > room:
+            raise ConfigError(f"executor.workers is {count}, but the Ray cluster has room for {room}")
         self._workers: list[Any] = [worker.remote(config, device) for _ in range(count)]
         try:
-            ray.get([one.ready.remote() for one in self._workers])
+            ray.get([one.ready.remote() for one in self._workers], timeout=_PATIENCE)
+        except ray.exceptions.GetTimeoutError as error:
+            raise DataError(
+                f"after {_PATIENCE} seconds not all of {count} workers had started: of {ray.cluster_resources()}, "
+                f"{ray.available_resources()} are free"
+            ) from error
         except ray.exceptions.RayActorError as error:
             raise DataError(f"a worker on the Ray cluster could not start: {error}") from error
         self._pool: Any = ActorPool(self._workers)
@@ -99,12 +116,14 @@ def joined(parts: Sequence[Outcome]) -> Outcome:
     )
 
 
-def _room(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many workers a cluster has room for."""
+def _room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float]) -> int:
+    """How many workers a cluster has room for, given each node's resources: a worker lives on one."""
     names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-    room = [int(resources.get(names[name], 0) / need) for name, need in needs.items() if need]
-    if not room or min(room) < 1:
+    wanted = {names[name]: need for name, need in needs.items() if need}
+    room = sum(min((int(node.get(name, 0) / need) for name, need in wanted.items()), default=0) for node in nodes)
+    if room < 1:
         raise ConfigError(
-            f"the Ray cluster has {dict(resources)}, too little for one worker, which needs {dict(needs)}"
+            f"the Ray cluster's nodes have {[dict(node) for node in nodes]}, too little for one worker, which needs "
+            f"{dict(needs)}"
         )
-    return min(room)
+    return room

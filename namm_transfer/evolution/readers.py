@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
+from namm_transfer.errors import DataError
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.page import Sample
@@ -26,6 +28,7 @@ from namm_transfer.evolution.text import Split, load_documents
 from namm_transfer.network import NAMM
 from namm_transfer.policies import FeatureStatistics, policy
 from namm_transfer.processes import begin, worker_context
+from namm_transfer.spectrogram import HOP
 
 __all__ = ["Job", "LocalReaders", "Outcome", "Reader", "Readers"]
 
@@ -97,7 +100,9 @@ class Reader:
         round_number, place = divmod(job.number, job.kinds)
         budget = None if job.by_threshold else config.budgets[(place + round_number) % len(config.budgets)]
         sample = self._maker(job.split, host, context).draw(config.kinds[place], rng)
-        return sample, Condition(budget, interval), self.hosts[host]
+        # texts come out a little shorter than asked for; what is decided behind an answer costs nothing
+        before = (int(sample.targets[0]) - 1) // HOP * HOP
+        return sample, Condition(budget, min(interval, before)), self.hosts[host]
 
     def read(self, job: Job, namm: NAMM, vectors: np.ndarray) -> Outcome:
         """The job's sample under each of the vectors [P, 4172] float32."""
@@ -218,13 +223,22 @@ class LocalReaders:
 
     def read(self, jobs: Sequence[Job], namm: NAMM, vectors: np.ndarray) -> list[Outcome]:
         count = len(jobs)
-        return list(self._pool.map(_read, jobs, [namm] * count, [vectors.astype(np.float32)] * count))
+        return self._map(_read, jobs, [namm] * count, [vectors.astype(np.float32)] * count)
 
     def differentiate(self, jobs: Sequence[Job], namm: NAMM) -> list[RelaxedReading | None]:
-        return list(self._pool.map(_differentiate, jobs, [namm] * len(jobs)))
+        return self._map(_differentiate, jobs, [namm] * len(jobs))
 
     def foresee(self, jobs: Sequence[Job], namm: NAMM) -> list[Foresight | None]:
-        return list(self._pool.map(_foresee, jobs, [namm] * len(jobs)))
+        return self._map(_foresee, jobs, [namm] * len(jobs))
 
     def measure(self, jobs: Sequence[Job], vectors: np.ndarray) -> list[FeatureStatistics]:
-        return list(self._pool.map(_measure, jobs, [vectors.astype(np.float32)] * len(jobs)))
+        return self._map(_measure, jobs, [vectors.astype(np.float32)] * len(jobs))
+
+    def _map(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        try:
+            return list(self._pool.map(function, *arguments))
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that reads samples was killed, as it is where memory runs out (fewer evolution.workers or "
+                "rows_at_once need less); every finished generation is kept: go on with --resume"
+            ) from error

@@ -115,7 +115,7 @@ def read_relaxed(
     if not seen:
         return None
     decision = _decision(model, sample, condition, namm, seen)
-    vector = nn.Parameter(namm.to_vector())
+    vector = nn.Parameter(namm.to_vector().to(decision.features.device))
     found = scores(unflatten(vector.unsqueeze(0)), decision.features, decision.lengths)
     gates, kept = zip(*(_gates(found, decision, budget) for budget in budgets), strict=True)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def read_relaxed(
     paid = sum(part**2 for part, budget in zip(kept, budgets, strict=True) if budget is None)
     (difference.sum() - price * paid).backward()
     gradient = torch.zeros_like(vector) if vector.grad is None else vector.grad
-    return RelaxedReading(difference.detach().double(), torch.stack(kept).detach().double(), gradient)
+    return RelaxedReading(difference.detach().double().cpu(), torch.stack(kept).detach().double().cpu(), gradient.cpu())
 
 
 def foresee(
@@ -158,9 +158,9 @@ def foresee(
     needed = torch.stack(cache.highest).flatten(0, 1)
     chosen = torch.from_numpy(rng.permutation(len(weight))[:heads])
     return Foresight(
-        decision.features.flatten(0, 1)[chosen].half(),
-        needed[chosen].half(),
-        (weight / weight.mean().clamp_min(_LEAST))[chosen],
+        decision.features.flatten(0, 1)[chosen].half().cpu(),
+        needed[chosen].half().cpu(),
+        (weight / weight.mean().clamp_min(_LEAST))[chosen].cpu(),
     )
 
 

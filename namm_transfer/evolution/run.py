@@ -6,8 +6,8 @@ Shape legend: P candidates, S samples, D = 4172 parameters.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from namm_transfer.errors import DataError
+from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.evolution.calibration import calibrate, with_vector
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.curves import draw_curves
@@ -33,6 +33,8 @@ from namm_transfer.policies import FeatureStatistics
 __all__ = ["choose", "evolve", "run_evolution", "stored_settings"]
 
 CONFIG = "config.yaml"
+_HOPELESS = 100.0
+"""Nats an answer token that no memory loses."""
 BEST = "best"
 """Folder of the best NAMM validated so far, its threshold as evolved."""
 
@@ -41,7 +43,12 @@ BEST = "best"
 _SEARCH, _VALIDATION, _NORMALISER = 1, 2, 4
 
 
-def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -> NAMM:
+def evolve(
+    settings: Mapping[str, Any],
+    resume: Path | None,
+    console: Console,
+    provenance: Callable[[Path, EvolutionConfig], None] | None = None,
+) -> NAMM:
     """The command `evolve`.
 
     Args:
@@ -49,6 +56,7 @@ def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -
             new one.
         resume: folder of a run to go on with.
         console: shows the progress and where the result lies.
+        provenance: called with the folder before anything is read, to write down by what it is made.
 
     Raises:
         ConfigError: a setting does not fit, or `resume` was begun with others.
@@ -58,7 +66,7 @@ def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -
     config = EvolutionConfig.from_mapping(settings["evolution"])
     folder = resume or Path(settings["out"] or f"results/evolve-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
     try:
-        namm = run_evolution(config, folder, console, settings.get("executor", {}))
+        namm = run_evolution(config, folder, console, settings.get("executor", {}), provenance)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; go on with: namm-transfer evolve --resume {folder}") from None
     except OSError as error:  # a full disk, above all
@@ -70,8 +78,8 @@ def evolve(settings: Mapping[str, Any], resume: Path | None, console: Console) -
     return namm
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings `evolution` that a folder was begun (or last resumed) with.
+def stored_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings `evolution` and `executor` that a folder was begun (or last resumed) with.
 
     Raises:
         DataError: the folder holds no run.
@@ -79,14 +87,18 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise DataError(f"{folder} holds no run to go on with: there is no {CONFIG}")
-    stored = read_yaml(file).get("evolution")
-    if not isinstance(stored, dict):
+    stored = read_yaml(file)
+    if not isinstance(stored.get("evolution"), dict):
         raise DataError(f"{file} does not hold the settings of an evolution")
-    return stored
+    return {"evolution": stored["evolution"], "executor": stored.get("executor") or {}}
 
 
 def run_evolution(
-    config: EvolutionConfig, folder: Path, console: Console | None = None, executor: Mapping[str, Any] | None = None
+    config: EvolutionConfig,
+    folder: Path,
+    console: Console | None = None,
+    executor: Mapping[str, Any] | None = None,
+    provenance: Callable[[Path, EvolutionConfig], None] | None = None,
 ) -> NAMM:
     """Run or resume an evolution in a folder, and save its result as `folder/namm`.
 
@@ -95,7 +107,8 @@ def run_evolution(
         folder: for `config.yaml`, `journal.jsonl`, curves, the best NAMM so far (`best`) and the result (`namm`).
         console: shows the progress.
         executor: where samples are read: `device`, for processes of this machine; or `name: ray` and what `RayReaders`
-            takes. It does not change the values.
+            takes. Processes and Ray give the same values; a GPU rounds otherwise than a CPU.
+        provenance: as of `evolve`.
 
     Returns:
         What did best in validation, its threshold calibrated if `config.kept_fraction` asks for it.
@@ -104,7 +117,9 @@ def run_evolution(
         ConfigError: the folder was begun with other settings.
     """
     with _readers(config, executor or {}) as readers:
-        journal = _begin(config, folder)
+        journal = _begin(config, folder, executor or {})
+        if provenance is not None:
+            provenance(folder, config)
         normaliser = _normaliser(config, readers, journal)
         search = Search(_start(config, readers, normaliser, folder, journal, console), config)
 
@@ -132,7 +147,7 @@ def run_evolution(
             draw_curves(journal, folder)
             kinds = len(config.kinds)
             jobs = [Job("validation", (_VALIDATION, i), i, kinds) for i in range(config.validation_samples)]
-            outcomes = readers.read(jobs, normaliser, centres)
+            outcomes = [_told(outcome) for outcome in readers.read(jobs, normaliser, centres)]
             worth, kept = utilities(outcomes, config.price).mean(0), kept_by_threshold(outcomes)
             return [
                 _validation(outcomes, row) | {"utility": float(worth[row]), "kept": float(kept[row])} for row in (0, 1)
@@ -150,6 +165,8 @@ def run_evolution(
         draw_curves(journal, folder)
         generation, centre = choose(journal)
         namm = with_vector(normaliser, centres[generation][centre])
+        if (finished := _finished(journal, folder, generation, centre)) is not None:
+            return finished
         kept = None
         if config.kept_fraction is not None:
             try:
@@ -169,11 +186,28 @@ def run_evolution(
     return namm
 
 
+def _finished(journal: Journal, folder: Path, generation: int, centre: int) -> NAMM | None:
+    """The result, if it is there already."""
+    chosen = {"generation": generation, "centre": ("mean", "average")[centre]}
+    for record in journal.of("result")[-1:]:
+        if chosen.items() <= record.items() and (folder / "namm").is_dir():
+            namm = NAMM.from_pretrained(folder / "namm")
+            if namm.fingerprint() == record["fingerprint"]:
+                return namm
+    return None
+
+
 def _readers(config: EvolutionConfig, executor: Mapping[str, Any]) -> Readers:
     if executor.get("name", "local") == "ray":
         from namm_transfer.evolution.ray_readers import RayReaders
 
         return RayReaders(config, executor)
+    if executor.get("workers", 1) != 1 or executor.get("threads") is not None:
+        raise ConfigError(
+            f"an evolution reads in evolution.workers processes ({config.workers} now) of one thread each; "
+            f"executor.workers={executor.get('workers', 1)} and executor.threads={executor.get('threads')} would do "
+            "nothing"
+        )
     return LocalReaders(config, executor.get("device", "cpu"))
 
 
@@ -194,9 +228,10 @@ def choose(journal: Journal) -> tuple[int, int]:
     return -generation, centre
 
 
-def _begin(config: EvolutionConfig, folder: Path) -> Journal:
+def _begin(config: EvolutionConfig, folder: Path, executor: Mapping[str, Any]) -> Journal:
     """The journal of a run, and beside it the settings that `--resume` takes."""
-    path, settings = folder / "journal.jsonl", OmegaConf.to_yaml(OmegaConf.create({"evolution": asdict(config)}))
+    given = {"evolution": asdict(config), "executor": dict(executor)}
+    path, settings = folder / "journal.jsonl", OmegaConf.to_yaml(OmegaConf.create(given))
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is no folder; choose another with out=...")
     if not path.exists():  # the settings first: a run that is killed in between can be resumed
@@ -238,6 +273,11 @@ def _start(
     if config.descent_steps:
         return descend(config, readers, namm, folder, journal, console, start)
     return np.zeros(NUM_PARAMETERS) if start is None else start.double().numpy()
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """A centre whose value is not finite has lost as much as can be, whatever the other one is worth."""
+    return replace(outcome, difference=np.where(np.isfinite(outcome.difference), outcome.difference, -_HOPELESS))
 
 
 def _validation(outcomes: Sequence[Outcome], row: int) -> dict[str, Any]:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from namm_transfer import adapt, policy
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.offline_rl import host as hosts
+from namm_transfer.eval.offline_rl.agent import MemoryAgent
 from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, load_host, packaged_hosts, save_host
 from namm_transfer.eval.offline_rl.measure import measure_agent
-from namm_transfer.eval.offline_rl.rollout import RandomAgent, make_envs
+from namm_transfer.eval.offline_rl.rollout import RandomAgent, make_envs, rollout
 from namm_transfer.eval.offline_rl.window import WindowAgent
 from namm_transfer.eval.rl_tasks import Episodes
 
@@ -140,3 +142,20 @@ def test_normalisation_that_is_no_json_is_refused(copy: Path) -> None:
     (copy / "normalisation.json").write_text("state_mean:")
     with pytest.raises(CheckpointError, match="no normalisation record"):
         load_host(copy)
+
+
+def test_rows_that_stay_in_step_play_the_same_episodes() -> None:
+    """What a row does behind the end of its only episode is dropped, whether its memory was cleared or not."""
+    model, normalisation = load_host("hopper-v5-medium-replay")
+    seeds, played = [41, 42, 43, 44], {}
+    for once in (True, False):
+        envs = make_envs("Hopper-v5", len(seeds))
+        with adapt(model, policy("h2o", budget=0.4), 48, normalisation=normalisation) as host:
+            agent = MemoryAgent(host, len(seeds), once=once)
+            played[once] = {}
+            for record in rollout(agent, envs, seeds):
+                memory = agent.measured(seeds.index(record.seed))
+                played[once][record.seed] = (record.length, round(record.return_raw, 1), memory["tokens_seen"])
+        envs.close()
+    assert played[True] == played[False]
+    assert len({length for length, *_ in played[True].values()}) > 1, "they have to end at different steps"

@@ -42,8 +42,10 @@ def test_only_what_a_candidate_may_choose_is_priced() -> None:
 def test_a_value_that_is_not_finite_is_the_worst_of_its_sample() -> None:
     found = utilities([outcome([-1.0, np.nan, -np.inf, -3.0], [0.3] * 4)], price=1.0)
     np.testing.assert_allclose(found, [[-1.0, -3.0, -3.0, -3.0]])
-    with pytest.raises(DataError, match="'needles' gave no candidate a finite value"):
-        utilities([outcome([np.nan, np.inf], [0.3, 0.3])], price=1.0)
+    hopeless = outcome([np.nan, np.inf], [0.3, 0.3])
+    np.testing.assert_allclose(utilities([hopeless, outcome([-1.0, -2.0], [0.3, 0.3])], price=1.0), [[-1.0, -2.0]])
+    with pytest.raises(DataError, match="none of 1 samples gave any candidate a finite value"):
+        utilities([hopeless], price=1.0)
 
 
 def test_agreement_of_signal_and_of_noise() -> None:

@@ -53,6 +53,7 @@ def test_killed_by_sigkill_it_goes_on_bit_for_bit(offline: EvolutionConfig, tmp_
     assert records(killed) == records(tmp_path / "whole")[: len(records(killed))]
     assert len(records(killed)) < len(records(tmp_path / "whole"))
 
+    assert json.loads((killed / "provenance.json").read_text())["starts"][0]["versions"]["cma"]
     resumed = run_evolution(offline, killed)
     assert records(killed) == records(tmp_path / "whole")
     assert resumed.fingerprint() == whole.fingerprint() == NAMM.from_pretrained(killed / "namm").fingerprint()

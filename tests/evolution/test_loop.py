@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.evolution.config import EvolutionConfig
@@ -146,3 +147,27 @@ def test_a_fitness_that_is_not_finite_is_refused() -> None:
     search.ask()
     with pytest.raises(DataError, match="8 finite"):
         search.tell(np.full(8, np.nan))
+
+
+def test_a_search_that_asks_for_others_than_it_did_is_not_told(tmp_path: Path) -> None:
+    """As with other versions of the libraries: the journal's fitness would be told to the wrong points."""
+    path = tmp_path / "journal.jsonl"
+    search_to_the_end(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (second,) = [line for line in lines if line.get("generation") == 1 and line["event"] == "generation"]
+    second["candidates"] = "0" * 16
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="generation 1 had other candidates"):
+        search_to_the_end(path)
+
+
+def test_its_bits_do_not_depend_on_the_number_of_threads() -> None:
+    config = EvolutionConfig(population=8, seed=1)
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, "blas"):
+            search = Search(np.zeros(300), config)
+            for _ in range(40):  # past several decompositions of the covariance
+                search.tell(-np.square(search.ask() - 1).sum(1))
+            found.append(search.mean)
+    np.testing.assert_array_equal(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from namm_transfer.evolution.calibration import calibrate
 from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.hosts import LanguageHost
 from namm_transfer.evolution.journal import Journal
+from namm_transfer.evolution.kinds import KINDS
 from namm_transfer.evolution.population import read_sample
 from namm_transfer.evolution.readers import Job, LocalReaders, Outcome, Reader, Readers
 from namm_transfer.evolution.run import choose, evolve, run_evolution, stored_settings
@@ -190,9 +192,11 @@ def test_a_failed_calibration_loses_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path: Path) -> None:
     folder, settings = tmp_path / "run", {"evolution": asdict(replace(CONFIG, generations=1))}
     evolve(settings | {"out": str(folder)}, resume=None, console=Console(quiet=True))
-    assert EvolutionConfig.from_mapping(stored_settings(folder)) == replace(CONFIG, generations=1)
-    run_evolution(EvolutionConfig.from_mapping(stored_settings(folder) | {"generations": 2}), folder)
-    assert stored_settings(folder)["generations"] == 2
+    stored = stored_settings(folder)["evolution"]
+    assert EvolutionConfig.from_mapping(stored) == replace(CONFIG, generations=1)
+    run_evolution(EvolutionConfig.from_mapping(stored | {"generations": 2}), folder, executor={"device": "cpu"})
+    assert stored_settings(folder)["evolution"]["generations"] == 2
+    assert stored_settings(folder)["executor"] == {"device": "cpu"}
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=r"sigma: 0\.065 in the file, 0\.5 now"):
         run_evolution(replace(CONFIG, sigma=0.5), folder)
@@ -209,7 +213,48 @@ def test_killed_before_the_first_line_it_can_be_resumed(tmp_path: Path, monkeypa
     monkeypatch.setattr(run, "Journal", die)
     with pytest.raises(KeyboardInterrupt):
         run_evolution(CONFIG, tmp_path / "run")
-    assert EvolutionConfig.from_mapping(stored_settings(tmp_path / "run")) == CONFIG
+    assert EvolutionConfig.from_mapping(stored_settings(tmp_path / "run")["evolution"]) == CONFIG
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    config = replace(CONFIG, generations=1)
+    first = run_evolution(config, tmp_path)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    assert run_evolution(config, tmp_path).fingerprint() == first.fingerprint()
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    for given in ({"workers": 2}, {"threads": 4}):
+        with pytest.raises(ConfigError, match="would do nothing"):
+            run_evolution(CONFIG, tmp_path / "run", executor=given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_centre_that_is_not_finite_is_never_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbour's worth is not lent to it, and what is written is JSON."""
+    read = Reader.read
+
+    def broken(self: Reader, job: Job, namm: NAMM, vectors: np.ndarray) -> Outcome:
+        found = read(self, job, namm, vectors)
+        return replace(found, difference=np.array([np.nan, -1.0])) if job.split == "validation" else found
+
+    monkeypatch.setattr(Reader, "read", broken)
+    run_evolution(replace(CONFIG, generations=1), tmp_path)
+    journal = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert {record["difference"] for record in journal if record["event"] == "validation"} == {-100.0}
+    assert [record["centre"] for record in journal if record["event"] == "result"] == ["average"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_decision_falls_before_the_answers() -> None:
+    reader = Reader(replace(CONFIG, lengths=((128, 128),), kinds=tuple(KINDS)))
+    for number in range(4 * len(KINDS)):
+        sample, condition, _ = reader.draw(Job("train", (1, number), number, len(KINDS)))
+        assert condition.update_interval % 16 == 0 and 0 < condition.update_interval < int(sample.targets[0])
 
 
 def test_a_host_that_cannot_be_loaded_is_named_before_anything_is_written(tmp_path: Path) -> None:
