@@ -27,6 +27,14 @@ _PATIENCE = 900
 """Seconds for all workers to load their hosts."""
 
 
+class RayReader(Reader):
+    """A reader on another machine, or in a process that was begun with another environment."""
+
+    def __init__(self, config: EvolutionConfig, device: str, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
+        super().__init__(config, device)
+
+
 class RayReaders:
     """Actors on a Ray cluster; one that dies is started again, on any node, and what it was reading is read again.
 
@@ -55,15 +63,13 @@ class RayReaders:
             ray.init(address=executor.get("address") or "local", log_to_driver=False, include_dashboard=False)
         needs = {"num_cpus": executor.get("cpus_per_worker", 1), "num_gpus": executor.get("gpus_per_worker", 0)}
         settings = {key: value for key, value in os.environ.items() if key.startswith("NAMM_TRANSFER_")}
-        worker: Any = ray.remote(
-            max_restarts=-1, max_task_retries=_RETRIES, runtime_env={"env_vars": settings}, **needs
-        )(Reader)
+        worker: Any = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **needs)(RayReader)
         device = "cuda" if needs["num_gpus"] else "cpu"
         room = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], needs)
         count = executor.get("workers") or room
         if count > room:
             raise ConfigError(f"executor.workers is {count}, but the Ray cluster has room for {room}")
-        self._workers: list[Any] = [worker.remote(config, device) for _ in range(count)]
+        self._workers: list[Any] = [worker.remote(config, device, settings) for _ in range(count)]
         try:
             ray.get([one.ready.remote() for one in self._workers], timeout=_PATIENCE)
         except ray.exceptions.GetTimeoutError as error:

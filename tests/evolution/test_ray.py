@@ -47,7 +47,7 @@ def kill_one_that_reads(killed: list[int]) -> None:
     until = time.monotonic() + 60
     while not killed and time.monotonic() < until:
         for process in psutil.process_iter(["cmdline"]):
-            if (process.info["cmdline"] or [""])[0].startswith("ray::Reader.read"):
+            if (process.info["cmdline"] or [""])[0].startswith("ray::RayReader.read"):
                 process.kill()
                 killed.append(process.pid)
                 return
