@@ -153,7 +153,9 @@ class NAMMLM(HFLM):  # type: ignore[misc]
         for place, request in enumerate(requests):
             places.setdefault(request.task_name or "", []).append(place)
         answers: list[Any] = [None] * len(requests)
-        for task, mine in places.items():
+        longest = {task: max(len(str(requests[place].args)) for place in mine) for task, mine in places.items()}
+        for task in sorted(places, key=longest.__getitem__):  # where a policy may never decide is known first
+            mine = places[task]
             self._current = self.readings.setdefault(task, Readings(self.policy))
             found = answer([requests[place] for place in mine], disable_tqdm=disable_tqdm)
             for place, one in zip(mine, found, strict=True):
