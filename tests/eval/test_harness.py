@@ -220,8 +220,8 @@ def test_rolling_likelihoods_are_read_under_the_memory_too(folder: Path) -> None
 
 
 def test_a_policy_that_never_decides_is_refused(folder: Path) -> None:
-    shortest = "choubun_wiki_qa"  # is answered first: nothing is lost with it
-    with pytest.raises(ConfigError, match=rf"{shortest}: policy 'h2o' took no decision in any of 3 readings: .* 4096"):
+    # the shortest task is answered first: nothing is lost with it
+    with pytest.raises(ConfigError, match=rf"{JAPANESE}: policy 'h2o' took no decision in any of 3 readings: .* 4096"):
         evaluate(folder, policy="h2o", budget=0.5, update_interval=4096)
     memory = evaluate(folder, policy="h2o", budget=0.5, update_interval=4096, allow_idle=True)["config"]["memory"]
     assert memory[RETRIEVAL]["kept_at_updates"] is None
