@@ -199,7 +199,8 @@ def main(
         raise typer.BadParameter(f"{task.name} is no language task")
     console = Console()
     learned = learn(task, NAMM.from_pretrained(namm), task.units(config["seed"]), config["seed"], console)
-    found = {"namm": namm, "command": f"python -P -m namm_transfer.eval.language.learned --namm {namm} --out {out}"}
+    command = ["python -P -m namm_transfer.eval.language.learned --namm", namm, "--out FOLDER", *(overrides or [])]
+    found = {"namm": namm, "command": " ".join(command)}
     found |= learned.summary()
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "learned.json", json.dumps(found, indent=1) + "\n")
