@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 SOURCES := pyproject.toml README.md $(shell git ls-files --cached --others --exclude-standard namm_transfer adapters eval configs 2>/dev/null)
 
-.PHONY: demo test lint types unit wheel clean
+.PHONY: demo test lint types unit suites wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/namm-transfer transfer $(ARGS)
@@ -21,6 +21,11 @@ types: $(VENV)/.tested
 
 unit: $(VENV)/.tested
 	$(BIN)/pytest
+
+# What needs lm-evaluation-harness, with it; `make test` leaves it out where it is not installed.
+suites: $(VENV)/.tested
+	$(UV) pip install --quiet --python $(VENV) ".[lm-eval]"
+	$(BIN)/pytest tests/eval/test_harness.py tests/eval/test_japanese.py
 
 wheel: $(UV)
 	$(UV) build --wheel

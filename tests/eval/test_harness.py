@@ -35,7 +35,8 @@ from namm_transfer.evolution.population import read_sample
 
 RETRIEVAL = "longbench_passage_retrieval_en"
 JAPANESE = "choubun_wiki_qa"
-LONGBENCH = Path(lm_eval.tasks.__path__[0]) / "longbench"
+SUITES = Path(lm_eval.tasks.__path__[0])
+LONGBENCH = SUITES / "longbench"
 FILES = {
     RETRIEVAL: ("retrieval", f"include: {LONGBENCH / 'passage_retrieval_en.yaml'}"),
     JAPANESE: ("japanese", f"include: {TASKS / 'choubun' / 'wiki_qa.yaml'}"),
@@ -140,6 +141,66 @@ def responses(results: dict[str, Any]) -> tuple[list[str], np.ndarray]:
     samples = results["samples"]
     texts = [one["resps"][0][0] for name in (RETRIEVAL, JAPANESE) for one in samples[name]]
     return texts, np.array([[float(c[0][0]) for c in one["resps"]] for one in samples["choices"]])
+
+
+OTHERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "infinitebench_passkey": (
+        f"include: {SUITES / 'infinitebench' / 'infinitebench_passkey.yaml'}\ntest_split: test",
+        [
+            {
+                "id": i,
+                "context": f"The grass is green. The pass key is {key}. Remember it. {key} is the pass key. " * 9,
+                "input": "What is the pass key?",
+                "answer": [str(key)],
+                "options": [],
+            }
+            for i, key in enumerate((71432, 90125))
+        ],
+    ),
+    "niah_single_1": (  # RULER draws its records when it is asked; these are as it draws them
+        f"include: {SUITES / 'ruler' / 'niah_single_1.yaml'}\ncustom_dataset: null",
+        [
+            {
+                "index": i,
+                "input": "The grass is green. " * 30 + f"One of the special magic numbers for late-rain is: {number}.",
+                "outputs": [str(number)],
+                "length": 200,
+                "max_length": 4096,
+                "gen_prefix": "The special magic number for late-rain mentioned in the provided text is",
+            }
+            for i, number in enumerate((8273645, 1928374))
+        ],
+    ),
+}
+"""Tasks of InfiniteBench and of RULER: what it is, and records in the suite's own format."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_suites_own_tasks_run_on_records_of_their_format(folder: Path, tmp_path: Path, name: str) -> None:
+    what, records = OTHERS[name]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "tasks").mkdir()
+    data = f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {{test: {tmp_path}/records.jsonl}}}}"
+    (tmp_path / "tasks" / "task.yaml").write_text(f"{what}\ntask: ours_{name}\n{data}\n")
+    found = {}
+    for model, arguments in (("hf", {}), ("namm", {"policy": "full"}), ("namm", {"policy": "h2o", "budget": 0.4})):
+        results = simple_evaluate(
+            model=model,
+            model_args={"pretrained": str(folder / "model"), "dtype": "float32"}
+            | ({"update_interval": 64} | arguments if arguments else {}),
+            tasks=[f"ours_{name}"],
+            task_manager=TaskManager(include_defaults=False, include_path=tmp_path / "tasks"),
+            gen_kwargs={"max_gen_toks": 8},
+            device="cpu",
+            bootstrap_iters=0,
+        )
+        samples = results["samples"][f"ours_{name}"]
+        found[model, *arguments.values()] = [one["resps"][0][0] for one in samples]
+        kept = results["config"].get("memory", {}).get(f"ours_{name}", {}).get("kept_at_updates")
+        assert all(any(key in one for key in ("score", "4096")) for one in samples)
+    assert found["namm", "full"] == found["hf",]
+    assert found["namm", "h2o", 0.4] != found["hf",]
+    assert kept == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("chat", [False, True])
