@@ -29,6 +29,7 @@ class FakeTask:
     interrupt_after: int = -1
     model: object = None
     videos: str = ""
+    frames: int = 64
 
     def __post_init__(self):
         if self.clips < 1:

@@ -28,6 +28,7 @@ def config(tmp_path, monkeypatch):
         "namms": {"namm": str(tmp_path / "one")},
         "thresholds": [],
         "rules": ["h2o", "random"],
+        "shared_rules": [],
         "budgets": [0.25, 0.5],
         "seed": 0,
         "executor": {"threads": None},
@@ -56,6 +57,15 @@ def test_every_column_is_there_and_reported(config, console, tmp_path):
     )
     assert lines["namm"]["ahead"] is lines["window"]["ahead"] is lines["full"]["ahead"] is None
     assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
+    rows = study(config | {"shared_rules": ["h2o"]}, tmp_path / "out", [], console)
+    assert {row.policy for row in rows if "shared" in row.policy} == {"h2o_shared-0.25", "h2o_shared-0.5"}
+    columns = OmegaConf.load(tmp_path / "out" / "rules_shared" / "config.yaml").policies
+    assert {(column["name"], column["allocation"]) for column in columns.values()} == {("h2o", "per_layer")}
+    lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
+    assert lines["h2o_shared-0.5"]["ahead"] is not None
 
 
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
