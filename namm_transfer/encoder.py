@@ -142,23 +142,17 @@ class EncoderMemory:
         """A store of a layer's keys and values [B, K, N, ...] in order, of those that are left."""
         rows, heads, count, _ = key.shape
         given = {"keys": key[:, :, order], "values": value[:, :, order]}
-        positions = torch.arange(count, device=key.device, dtype=torch.int32).expand(rows, heads, -1)
-        uneven = count % HOP if left is None else bool((left.sum(1) % HOP).any())
-        state = self.policy.fields(key.dtype) | (self.policy.unfinished_fields(key.dtype) if uneven else {})
-        if left is None:
-            fields = {name: ((x.shape[-1],), x.dtype) for name, x in given.items()} | {"positions": ((), torch.int32)}
-            tokens = TokenStore.empty(rows, heads, fields | state, key.device)
-            tokens.reserve(count, exact=True)
-            tokens.append(given | {"positions": positions})
-            return tokens
-        lengths = left.sum(1)
-        front = torch.argsort(~left, dim=1, stable=True)[:, : int(lengths.max())]  # those that are left come first
-        where = front[:, None, :].expand(-1, heads, -1)
-        given = {name: x.gather(2, where[..., None].expand(-1, -1, -1, x.shape[-1])) for name, x in given.items()}
-        tokens = TokenStore.from_padded(
-            given | {"positions": positions.gather(2, where)}, lengths[:, None].repeat(1, heads)
-        )
-        tokens.add_fields(state)
+        positions = torch.arange(count, device=key.device, dtype=torch.int32).repeat(rows, heads, 1)
+        lengths = torch.full((rows,), count, device=key.device) if left is None else left.sum(1)
+        if left is not None:
+            front = torch.argsort(~left, dim=1, stable=True)[:, : int(lengths.max())]  # those that are left come first
+            where = front[:, None, :].expand(-1, heads, -1)
+            given = {name: x.gather(2, where[..., None].expand(-1, -1, -1, x.shape[-1])) for name, x in given.items()}
+            positions = positions.gather(2, where)
+        tokens = TokenStore.from_padded(given | {"positions": positions}, lengths[:, None].repeat(1, heads))
+        tokens.add_fields(self.policy.fields(key.dtype))
+        if (lengths % HOP).any():
+            tokens.add_fields(self.policy.unfinished_fields(key.dtype))
         return tokens
 
     def _check_rows(self, module: nn.Module, rows: int) -> None:

@@ -34,7 +34,7 @@ from namm_transfer.evolution.config import EvolutionConfig
 from namm_transfer.evolution.fitness import agreement, standardised
 from namm_transfer.evolution.journal import Journal
 from namm_transfer.evolution.loop import Evaluation, Search, run_search
-from namm_transfer.evolution.run import choose
+from namm_transfer.evolution.run import choose, recorded_normaliser
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 from namm_transfer.policies import FeatureStatistics, Policy, policy
 
@@ -198,12 +198,7 @@ def _normaliser(config: ReturnsConfig, model: Any, normalisation: Any, journal: 
         seeds = range(SEARCH_SEEDS - 8, SEARCH_SEEDS)
         returns_of(model, normalisation, watching, seeds, config.update_interval)
         journal.append("normaliser", mean=statistics.mean.tolist(), var=statistics.var.tolist())
-    measured = journal.of("normaliser")[0]
-    return NAMM.from_vector(
-        torch.zeros(NUM_PARAMETERS),
-        feature_mean=torch.tensor(measured["mean"]),
-        feature_var=torch.tensor(measured["var"]),
-    )
+    return recorded_normaliser(journal)
 
 
 def main(

@@ -30,7 +30,7 @@ from namm_transfer.files import read_yaml, write_atomically
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 from namm_transfer.policies import FeatureStatistics
 
-__all__ = ["choose", "evolve", "run_evolution", "stored_settings"]
+__all__ = ["choose", "evolve", "recorded_normaliser", "run_evolution", "stored_settings"]
 
 CONFIG = "config.yaml"
 _HOPELESS = 100.0
@@ -255,6 +255,11 @@ def _normaliser(config: EvolutionConfig, readers: Readers, journal: Journal) -> 
                 f"shorter than the update intervals of {config.lengths}"
             )
         journal.append("normaliser", mean=measured.mean.tolist(), var=measured.var.tolist(), count=measured.count)
+    return recorded_normaliser(journal)
+
+
+def recorded_normaliser(journal: Journal) -> NAMM:
+    """A NAMM of zeros under the feature normaliser that a journal tells of."""
     record = journal.of("normaliser")[0]
     return NAMM.from_vector(
         torch.zeros(NUM_PARAMETERS),
