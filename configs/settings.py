@@ -14,9 +14,16 @@ from hydra.errors import HydraException
 from namm_transfer.configs import nearest
 from namm_transfer.errors import ConfigError
 
-__all__ = ["from_overrides"]
+__all__ = ["check_at_least_one", "from_overrides"]
 
 T = TypeVar("T")
+
+
+def check_at_least_one(settings: object, *names: str) -> None:
+    """Raise ConfigError unless each of the named fields is at least 1; names the dataclass, the field and its value."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{type(settings).__name__}.{name} is {getattr(settings, name)}; expected at least 1")
 
 
 def from_overrides(settings: type[T], overrides: Sequence[str]) -> T:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from namm_transfer.errors import CheckpointError, ConfigError, DataError
+from namm_transfer.configs.settings import check_at_least_one
+from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.claim import claim
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.files import replacing
@@ -41,9 +42,7 @@ class BehaviourConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", "evaluate_every", "evaluation_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"BehaviourConfig.{name} is {getattr(self, name)}; expected at least 1")
+        check_at_least_one(self, "timesteps", "evaluate_every", "evaluation_episodes")
 
 
 def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.offline_rl.behaviour import load_behaviour
 from namm_transfer.eval.offline_rl.minari_data import MINARI, import_minari, open_minari
@@ -53,8 +54,7 @@ class CollectionConfig:
         levels = self.noise_levels
         if not all(math.isfinite(x) and x >= 0 for x in levels) or len(set(levels)) < len(levels):
             raise ConfigError(f"noise_levels is {levels}; expected distinct values >= 0, or none")
-        if self.timesteps < 1:
-            raise ConfigError(f"CollectionConfig.timesteps is {self.timesteps}; expected at least 1")
+        check_at_least_one(self, "timesteps")
 
 
 class BehaviourAgent:

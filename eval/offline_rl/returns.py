@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from namm_transfer.adapters import adapt
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.offline_rl.host import check_fits, load_host, packaged_hosts
 from namm_transfer.eval.offline_rl.rollout import make_envs
@@ -74,9 +75,7 @@ class ReturnsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "validation_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ReturnsConfig.{name} is {getattr(self, name)}; expected at least 1")
+        check_at_least_one(self, "episodes", "validation_episodes")
         if len(self.budgets) * self.episodes < 2:
             raise ConfigError(
                 f"a generation needs at least two episodes, to tell signal from noise; got {self.episodes} under the "

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from namm_transfer import NAMM, policy
 from namm_transfer.adapters import adapt
-from namm_transfer.errors import ConfigError
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.eval.offline_rl.agent import MemoryAgent
 from namm_transfer.eval.offline_rl.host import load_host
 from namm_transfer.eval.offline_rl.rollout import Agent, make_envs
@@ -61,9 +61,7 @@ class SpeedConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "turns", "steps", "warm_up", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"SpeedConfig.{name} is {getattr(self, name)}; expected at least 1")
+        check_at_least_one(self, "num_envs", "turns", "steps", "warm_up", "threads")
 
 
 class _Player:

@@ -17,6 +17,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.offline_rl.batches import Batch, WindowSampler
 from namm_transfer.eval.offline_rl.behaviour import environment_of
@@ -78,16 +79,9 @@ class TrainingConfig:
             raise ConfigError(f"the shares of contexts {self.contexts} have to be >= 0 and add up to 1")
         if min(length for length, _ in self.contexts) < 1:
             raise ConfigError(f"contexts {self.contexts} holds a length below 1 timestep")
-        for name in (
-            "steps",
-            "data_timesteps",
-            "timesteps_per_step",
-            "checkpoint_every",
-            "window",
-            "max_episode_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"TrainingConfig.{name} is {getattr(self, name)}; expected at least 1")
+        check_at_least_one(
+            self, "steps", "data_timesteps", "timesteps_per_step", "checkpoint_every", "window", "max_episode_length"
+        )
 
 
 def train_decision_transformer(config: TrainingConfig, *, progress: bool = True) -> Path:
