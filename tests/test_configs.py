@@ -28,7 +28,7 @@ def test_every_command_composes_and_saves_as_yaml(command):
 
 def test_the_main_job_compares_every_policy_at_the_matched_budget():
     config = compose("transfer")
-    assert set(config.policies) == {*names(), "window"}
+    assert set(config.policies) == {*names(), "namm_threshold", "window"}
     rules = set(names()) - {"full", "namm"}
     assert {name for name, settings in config.policies.items() if settings.get("budget") == "matched"} == rules
     # The hosts of language and of D4RL are no packaged ones: they have to be fetched. Those of v5 are a study's, and
@@ -36,7 +36,14 @@ def test_the_main_job_compares_every_policy_at_the_matched_budget():
     studied = ("language/", "offline_rl/v5/", "video_qa/suite")
     others = {task for task in TASKS if task.startswith(studied) or task in D4RL}
     assert {task.name for task in config.tasks.values()} == {*TASKS} - others
-    assert all(column == settings.name for column, settings in config.policies.items())
+    for column, settings in config.policies.items():
+        assert settings.name == ("namm" if column == "namm_threshold" else column)
+
+
+def test_the_main_job_reads_one_namm_by_rank_and_by_threshold():
+    policies = compose("transfer", ["policies.namm.namm=mine"]).policies
+    assert policies.namm_threshold.namm == policies.namm.namm == "mine"
+    assert (policies.namm.budget, policies.namm_threshold.budget) == (0.5, None)
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"namm"}))

@@ -15,6 +15,7 @@ import numpy as np
 import timm
 import torch
 from einops import rearrange
+from timm.layers import build_sincos2d_pos_embed
 from transformers import (
     VideoMAEConfig,
     VideoMAEForVideoClassification,
@@ -78,7 +79,10 @@ def _videomae() -> VideoMAEForVideoClassification:
 
 
 def _timm_vit() -> FilmStrip:
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=len(MOTIONS), **_STRIP)
+    vit: Any = timm.create_model("vit_tiny_patch16_224", num_classes=len(MOTIONS), **_STRIP)
+    # timm starts positions at a sixteenth of what the patches are: too faint to learn from them which frame was first.
+    places = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), dim=_STRIP["embed_dim"], temperature=100.0)
+    vit.pos_embed.data.copy_(places.unsqueeze(0))
     return FilmStrip(vit, MOTIONS, _STRIP)
 
 
