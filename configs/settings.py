@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,21 +32,27 @@ def from_overrides(settings: type[T], overrides: Sequence[str]) -> T:
     Raises:
         ConfigError: an override cannot be read, names no field, has the wrong type, or a required one is missing.
     """
-    hints = get_type_hints(settings)
     values = {}
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise ConfigError(f"cannot read the override {text!r}: expected key=value") from error
-        key = override.key_or_group
+        values[override.key_or_group] = override.value()
+    return _made(settings, values)
+
+
+def _made(settings: type[T], values: dict[str, Any], within: str = "") -> T:
+    """An instance of the dataclass, its fields of these values; `within` begins their names in messages."""
+    hints, converted = get_type_hints(settings), {}
+    for key, value in values.items():
         if key not in hints:
-            raise ConfigError(f"{key!r} is no setting: the nearest is {nearest(key, list(hints))!r}")
-        values[key] = _convert(key, override.value(), hints[key])
+            raise ConfigError(f"{within + key!r} is no setting: the nearest is {within + nearest(key, list(hints))!r}")
+        converted[key] = _convert(within + key, value, hints[key])
     for field in fields(settings):  # type: ignore[arg-type]
         if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
-            raise ConfigError(f"{field.name} has no value: give it one, as in {field.name}=...")
-    return settings(**values)
+            raise ConfigError(f"{within}{field.name} has no value: give it one, as in {field.name}=...")
+    return settings(**converted)
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -59,7 +65,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is tuple and isinstance(value, list):
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) == len(value):
-            return tuple(_convert(key, item, kind) for item, kind in zip(value, kinds, strict=True))
+            pairs = enumerate(zip(value, kinds, strict=True))
+            return tuple(_convert(f"{key}[{number}]", item, kind) for number, (item, kind) in pairs)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
+        return _made(hint, value, f"{key}.")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

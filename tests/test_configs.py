@@ -125,6 +125,12 @@ def test_flatten_names_leaves():
 
 
 @dataclass(frozen=True)
+class Part:
+    name: str
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
 class Settings:
     output: Path
     files: tuple[Path, ...] = ()
@@ -133,6 +139,7 @@ class Settings:
     rate: float = 0.1
     limit: float | None = 2.0
     flag: bool = True
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -142,6 +149,8 @@ class Settings:
 def test_settings_take_the_types_of_their_fields():
     made = from_overrides(Settings, ["output=a/b", "files=[x,y]", "pairs=[[20,1],[64,0.25]]", "rate=1", "limit=null"])
     assert made == Settings(Path("a/b"), (Path("x"), Path("y")), ((20, 1.0), (64, 0.25)), rate=1.0, limit=None)
+    made = from_overrides(Settings, ["output=a", "parts=[{name: x}, {name: y, rate: 2}]"])
+    assert made.parts == (Part("x"), Part("y", 2.0))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +162,9 @@ def test_settings_take_the_types_of_their_fields():
         (["output=a", "steps=true"], "steps is True; expected int"),
         (["output=a", "pairs=[[1,2,3]]"], "expected"),
         (["output=a", "steps=0"], "steps is 0; expected at least 1"),
+        (["output=a", "parts=[3]"], "parts[0] is 3; expected Part"),
+        (["output=a", "parts=[{name: x, rat: 3}]"], "'parts[0].rat' is no setting: the nearest is 'parts[0].rate'"),
+        (["output=a", "parts=[{name: x}, {rate: 3}]"], "parts[1].name has no value"),
         (["output=[a"], "cannot read the override"),
     ],
 )

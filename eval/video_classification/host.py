@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 from einops import rearrange
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from transformers import (
     VideoMAEConfig,
     VideoMAEForVideoClassification,

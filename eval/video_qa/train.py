@@ -12,6 +12,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,13 +65,18 @@ DEFAULT_STAGES = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the video LLM is trained; everything that the result depends on."""
+    """How the video LLM is trained; everything that the result depends on.
+
+    Attributes:
+        start: folder of a trained host that the first stage goes on from; null: weights drawn from the seed.
+    """
 
     seed: int = 0
     questions_per_clip: int = 10
     stages: tuple[Stage, ...] = DEFAULT_STAGES
     held_out_clips: int = 200
     threads: int = 1
+    start: str | None = None
 
 
 def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
@@ -79,12 +85,17 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
-        CheckpointError: with `resume`, a checkpoint of another configuration is in the way.
+        CheckpointError: with `resume`, a checkpoint of another configuration is in the way; or no host at `start`.
     """
     torch.set_num_threads(config.threads)
     out_dir.mkdir(parents=True, exist_ok=True)
     lessons = _Lessons(config)
-    settings = {"seed": config.seed, "questions_per_clip": config.questions_per_clip}
+    settings: dict[str, Any] = {"seed": config.seed, "questions_per_clip": config.questions_per_clip}
+    before = {}
+    if config.start is not None:
+        lessons.model.load_state_dict(load_host(Path(config.start))[0].state_dict())
+        before = {"before": json.loads((Path(config.start) / "training.json").read_text())}
+        settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
     for number, stage in enumerate(config.stages):
         parameters, loss_at = lessons.stage(number, stage)
@@ -97,6 +108,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
         "held_out": held_out_accuracy(*load_host(out_dir), config.held_out_clips),
         "history": trainer.history,
+        **before,
     }
     (out_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (out_dir / "checkpoint.pt").unlink()
