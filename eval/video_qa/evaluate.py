@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, LlavaNextVideoForConditionalGenera
 from namm_transfer.eval.video import decode, write_mp4
 from namm_transfer.eval.video_qa.clips import FPS, HELD_OUT_SEEDS, make_clip, render
 from namm_transfer.eval.video_qa.host import VideoQAProcessor
-from namm_transfer.eval.video_qa.questions import FAMILIES, Question, parse_answer, sample_questions
+from namm_transfer.eval.video_qa.questions import Question, parse_answer, sample_questions
 
 ANSWER_TOKENS = 3
 C = TypeVar("C", bound=Cache)
@@ -105,11 +105,11 @@ def accuracy_by_family(
         total: number of clips, for the progress bar.
         num_frames: frames of each video to look at, evenly spaced; all of them by default.
     """
-    right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    right: dict[str, list[bool]] = {}
     for clip in track(clips, description="held-out clips", total=total):
         frames = decode(clip.path, num_frames=num_frames).frames
         for question, reply in zip(clip.questions, answer(model, processor, frames, clip.questions), strict=True):
-            right[question.family].append(parse_answer(reply, question.options) == question.answer)
+            right.setdefault(question.family, []).append(parse_answer(reply, question.options) == question.answer)
     right["all"] = [value for values in right.values() for value in values]
     return {family: {"accuracy": float(np.mean(values)), "n": len(values)} for family, values in right.items()}
 

@@ -3,6 +3,7 @@
 Shape letters: T frames, S side of a frame in pixels, L tokens of a prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,12 +34,13 @@ POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
+WORDS: tuple[str, ...] = ("colour", "shape", *QUESTION_WORDS, *COLOURS, *SHAPES, *DIRECTIONS)
+"""Of the questions and answers about the packaged clips."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows exactly the words of the questions and answers."""
-    words = [*SPECIAL_TOKENS, *LETTERS, "Answer", ":", "?", "colour", "shape", *QUESTION_WORDS]
-    words += [*COLOURS, *SHAPES, *DIRECTIONS]
+def build_tokenizer(known: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows exactly the words of some questions and answers, and what prompts add."""
+    words = [*SPECIAL_TOKENS, *LETTERS, "Answer", ":", "?", *known]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -55,9 +57,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int) -> LlavaNextVideoForConditionalGeneration:
-    """An untrained host, its weights drawn from `seed` without touching the global generator."""
-    tokenizer = build_tokenizer()
+def build_model(seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaNextVideoForConditionalGeneration:
+    """An untrained host, its weights drawn from `seed` without touching the global generator.
+
+    Args:
+        tokenizer: whose words it is to know; by default those of the packaged clips' questions.
+    """
+    tokenizer = tokenizer or build_tokenizer()
     config = LlavaNextVideoConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=96,
@@ -151,14 +157,16 @@ def pixel_values(frames: np.ndarray) -> torch.Tensor:
     return rearrange(torch.from_numpy(frames), "t h w c -> t c h w").float() / 127.5 - 1.0
 
 
-def save_host(model: LlavaNextVideoForConditionalGeneration, path: Path) -> None:
-    """Write float16 weights, configuration and tokenizer to a folder; the model itself stays float32."""
+def save_host(
+    model: LlavaNextVideoForConditionalGeneration, path: Path, tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
+    """Write float16 weights, configuration and the tokenizer it was built for; the model itself stays float32."""
     path.mkdir(parents=True, exist_ok=True)
     half = LlavaNextVideoForConditionalGeneration(model.config).half()
     half.load_state_dict(model.state_dict())
     half.generation_config = model.generation_config
     half.save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
+    (tokenizer or build_tokenizer()).save_pretrained(path)
 
 
 def load_host(path: Path = PACKAGED) -> tuple[LlavaNextVideoForConditionalGeneration, VideoQAProcessor]:

@@ -4,13 +4,14 @@ Shape letters: B clips, T frames, P prefix tokens (<bos> and visual), N question
 size of the text decoder.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
 
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, PackedQuestions
-from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, word_embeddings
 
 FRAME_LAYER = 3
@@ -54,41 +55,46 @@ def packed_attention(
 
 
 class SymbolicFrames(nn.Module):
-    """One embedding per frame, made of the words for what it shows instead of its pixels.
+    """Embeddings of what a frame shows, made of the words for it instead of its pixels.
 
     The decoder's cheap first lessons, and the target that the vision tower is aligned to: a red circle in
     the picture should look to the decoder like the words "red" and "circle" at a place.
+
+    Args:
+        looks: the words for what a token may look like, by respect.
     """
 
-    colour_words: torch.Tensor
-    shape_words: torch.Tensor
-
-    def __init__(self, words: nn.Embedding, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        words: nn.Embedding,
+        tokenizer: PreTrainedTokenizerFast,
+        looks: Mapping[str, Sequence[str]],
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         hidden = words.weight.shape[1]
-        ids = tokenizer.convert_tokens_to_ids
-        self.register_buffer("colour_words", torch.tensor(ids(list(COLOURS))), persistent=False)
-        self.register_buffer("shape_words", torch.tensor(ids(list(SHAPES))), persistent=False)
-        self.nothing = nn.Parameter(torch.randn(2, hidden, generator=generator) * hidden**-0.5)
+        self.nothing = nn.Parameter(torch.randn(len(looks), hidden, generator=generator) * hidden**-0.5)
         self.columns = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
         self.rows = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
         self.nowhere = nn.Parameter(torch.randn(1, hidden, generator=generator) * hidden**-0.5)
+        self._known = {key: torch.tensor(tokenizer.convert_tokens_to_ids(list(names))) for key, names in looks.items()}
         self._words = [words]  # In a list: the embedding belongs to the model, not to this module.
 
     def forward(self, truth: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[..., D] from int64 [...] "colour", "shape" (last class: nothing there) and "cell"."""
+        """[..., D] from int64 [...]: one per respect (the last class: nothing there), and the "cell"."""
         words = self._words[0].weight
-        colours = torch.cat([words[self.colour_words], self.nothing[:1]])
-        shapes = torch.cat([words[self.shape_words], self.nothing[1:]])
         # A place is a column plus a row, so that a step in one direction is one difference everywhere.
         cells = torch.cat([(self.rows[:, None] + self.columns[None]).flatten(0, 1), self.nowhere])
-        return colours[truth["colour"]] + shapes[truth["shape"]] + cells[truth["cell"]]
+        seen = cells[truth["cell"]]
+        for (key, known), nothing in zip(self._known.items(), self.nothing, strict=True):
+            seen = seen + torch.cat([words[known], nothing[None]])[truth[key]]
+        return seen
 
 
 class FrameHeads(nn.Module):
     """Linear read-outs of a hidden state into what is true at a frame."""
 
-    def __init__(self, hidden: int, classes: dict[str, int], generator: torch.Generator) -> None:
+    def __init__(self, hidden: int, classes: Mapping[str, int], generator: torch.Generator) -> None:
         super().__init__()
         self.heads = nn.ParameterDict(
             {key: nn.Parameter(0.02 * torch.randn(size, hidden, generator=generator)) for key, size in classes.items()}
@@ -109,10 +115,11 @@ def decode_packed(
     visual: torch.Tensor,
     packed: PackedQuestions,
     places: torch.Tensor | None = None,
+    frames: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the text decoder over visual tokens [B, P - 1, D] and packed questions.
 
-    `places` int64 [B, P - 1] puts symbolic frames where their visual tokens would stand: frame times 16 plus cell.
+    `places` int64 [B, P - 1] puts symbolic frames where their visual tokens would stand, of `frames` frames.
 
     Returns:
         logits [B, N, L, vocabulary] of the question tokens, the states [B, P - 1, D] of the visual tokens after
@@ -126,7 +133,7 @@ def decode_packed(
     if places is None:
         places, behind = torch.arange(prefix - 1).expand(batch, -1), prefix
     else:
-        behind = 1 + TOKENS_PER_FRAME * (prefix - 1)
+        behind = 1 + TOKENS_PER_FRAME * frames
     asked = (behind + torch.arange(length).repeat(count)).expand(batch, -1)
     positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), 1 + places, asked], dim=1)
     output = model.model.language_model(
@@ -153,12 +160,6 @@ def visual_features(
         states = parts.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         pooled = parts.vision_resampler(states[:, 1:])
     return parts.multi_modal_projector(pooled).unflatten(0, pixels.shape[:2]).flatten(1, 2)
-
-
-def symbolic_places(truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where each symbolic frame stands, int64 [B, T]: at the visual token of its cell, or the frame's first."""
-    frames = torch.arange(truth["cell"].shape[1])
-    return frames * TOKENS_PER_FRAME + truth["cell"] % TOKENS_PER_FRAME
 
 
 def content_loss(

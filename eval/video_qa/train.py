@@ -10,7 +10,8 @@ Clips are drawn on the fly from seeds that no other split uses, and go through m
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import LlavaNextVideoForConditionalGeneration
 
+from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.video import through_mp4
-from namm_transfer.eval.video_qa.batches import (
-    FRAME_CLASSES,
-    IGNORED,
-    cell_truth,
-    draw_clips,
-    draw_frames,
-    draw_questions,
-    frame_truth,
-    pack_questions,
-)
-from namm_transfer.eval.video_qa.clips import FPS, TRAIN_SEEDS, Clip, render
+from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
+from namm_transfer.eval.video_qa.clips import FPS
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
     build_model,
@@ -46,21 +39,34 @@ from namm_transfer.eval.video_qa.model import (
     SymbolicFrames,
     content_loss,
     decode_packed,
-    symbolic_places,
     use_packed_attention,
     visual_features,
 )
+from namm_transfer.eval.video_qa.shapes import Shapes
+from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
+from namm_transfer.eval.video_qa.suite.material import Suite
 from namm_transfer.eval.video_training import LossAt, Stage, Trainer
 
 FRAME_WEIGHT = 2.0
-DEFAULT_STAGES = (
+_SHAPES = (
     Stage("questions", steps=4000, batch=8, learning_rate=1e-3, frames=16, goal=0.88, figure="word"),
     Stage("options", steps=3000, batch=8, learning_rate=1e-3, frames=16, goal=0.92, figure="answer"),
     Stage("frames", steps=1200, batch=64, learning_rate=1.5e-3),
     Stage("video", steps=1500, batch=4, learning_rate=1e-3, frames=16, goal=0.86, figure="answer"),
     Stage("video", steps=400, batch=4, learning_rate=5e-4, frames=32, goal=0.90, figure="answer"),
     Stage("video", steps=300, batch=4, learning_rate=6e-4, frames=64),
+    Stage("video", steps=800, batch=4, learning_rate=6e-4, frames=64),
 )
+_SUITE = (
+    Stage("options", steps=12000, batch=8, learning_rate=1e-3, frames=64, goal=0.92, figure="answer"),
+    Stage("frames", steps=1500, batch=64, learning_rate=1.5e-3),
+    Stage("video", steps=1500, batch=4, learning_rate=6e-4, frames=64),
+)
+MATERIALS: dict[str, tuple[Material[Any], tuple[Stage, ...], Callable[..., Any]]] = {
+    "shapes": (Shapes(), _SHAPES, held_out_accuracy),
+    "suite": (Suite(), _SUITE, suite_accuracy),
+}
+"""What a host may be taught with, the stages by which the packaged one was, and how it is examined."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,22 @@ class TrainConfig:
     """How the video LLM is trained; everything that the result depends on.
 
     Attributes:
+        material: `shapes`, or `suite`, the eight families of questions.
+        stages: null: those of `MATERIALS`.
         start: folder of a trained host that the first stage goes on from; null: weights drawn from the seed.
     """
 
     seed: int = 0
+    material: str = "shapes"
     questions_per_clip: int = 10
-    stages: tuple[Stage, ...] = DEFAULT_STAGES
+    stages: tuple[Stage, ...] | None = None
     held_out_clips: int = 200
     threads: int = 1
     start: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.material not in MATERIALS:
+            raise ConfigError(f"material is {self.material!r}; expected one of {', '.join(MATERIALS)}")
 
 
 def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
@@ -85,28 +98,34 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
-        CheckpointError: with `resume`, a checkpoint of another configuration is in the way; or no host at `start`.
+        CheckpointError: with `resume`, a checkpoint of another configuration is in the way; no host at `start`, or
+            one that knows other words.
     """
     torch.set_num_threads(config.threads)
     out_dir.mkdir(parents=True, exist_ok=True)
-    lessons = _Lessons(config)
-    settings: dict[str, Any] = {"seed": config.seed, "questions_per_clip": config.questions_per_clip}
+    material, usual, examine = MATERIALS[config.material]
+    config = replace(config, stages=config.stages or usual)
+    lessons = _Lessons(config, material)
+    settings: dict[str, Any] = {key: getattr(config, key) for key in ("seed", "material", "questions_per_clip")}
     before = {}
     if config.start is not None:
-        lessons.model.load_state_dict(load_host(Path(config.start))[0].state_dict())
+        host, processor = load_host(Path(config.start))
+        if processor.tokenizer.get_vocab() != lessons.tokenizer.get_vocab():
+            raise CheckpointError(f"{config.start} knows other words than the questions of {config.material!r}")
+        lessons.model.load_state_dict(host.state_dict())
         before = {"before": json.loads((Path(config.start) / "training.json").read_text())}
         settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
-    for number, stage in enumerate(config.stages):
+    for number, stage in enumerate(config.stages or ()):
         parameters, loss_at = lessons.stage(number, stage)
         trainer.run(number, stage, parameters, loss_at)
-    save_host(lessons.model, out_dir)
+    save_host(lessons.model, out_dir, lessons.tokenizer)
     record = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(config),
         "seconds": round(trainer.seconds),
         "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
-        "held_out": held_out_accuracy(*load_host(out_dir), config.held_out_clips),
+        "held_out": examine(*load_host(out_dir), config.held_out_clips),
         "history": trainer.history,
         **before,
     }
@@ -118,16 +137,17 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
 class _Lessons:
     """The modules that are trained, and the loss of every stage."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, material: Material[Any]) -> None:
         self.config = config
-        self.tokenizer = build_tokenizer()
-        self.model = build_model(config.seed)
+        self.material = material
+        self.tokenizer = build_tokenizer(material.words)
+        self.model = build_model(config.seed, self.tokenizer)
         use_packed_attention(self.model)
         generator = torch.Generator().manual_seed(config.seed)
         hidden = self.model.config.get_text_config().hidden_size
-        self.symbols = SymbolicFrames(word_embeddings(self.model), self.tokenizer, generator)
-        self.decoder_heads = FrameHeads(hidden, FRAME_CLASSES, generator)
-        seen = {key: FRAME_CLASSES[key] for key in ("colour", "shape")}
+        self.symbols = SymbolicFrames(word_embeddings(self.model), self.tokenizer, material.looks, generator)
+        self.decoder_heads = FrameHeads(hidden, material.classes, generator)
+        seen = {key: len(words) + 1 for key, words in material.looks.items()}
         self.tower_heads = FrameHeads(hidden, seen, generator)
         self.modules = {
             "model": self.model,
@@ -155,37 +175,34 @@ class _Lessons:
         return [parameter for module in trained for parameter in module.parameters()], loss_at
 
     def _symbolic(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
-        truth = frame_truth(clips, draw_frames(rng, stage.frames))
-        return self._answer(
-            self.symbols(truth), truth, clips, rng, symbolic_places(truth), options=stage.name == "options"
-        )
+        clips, frames = self.material.clips(rng, stage.batch), self.material.frames(rng, stage.frames)
+        truth = self.material.frame_truth(clips, frames)
+        return self._answer(self.symbols(truth), truth, clips, rng, options=stage.name == "options", frames=len(frames))
 
     def _video(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
-        frames = draw_frames(rng, stage.frames)
-        pixels = [pixel_values(through_mp4(render(clip), FPS)[frames]) for clip in clips]
+        clips, frames = self.material.clips(rng, stage.batch), self.material.frames(rng, stage.frames)
+        pixels = [pixel_values(through_mp4(self.material.render(clip), FPS)[frames]) for clip in clips]
         visual = visual_features(self.model, torch.stack(pixels))
-        return self._answer(visual, frame_truth(clips, frames), clips, rng, None, options=True)
+        return self._answer(visual, self.material.frame_truth(clips, frames), clips, rng, options=True)
 
     def _answer(
         self,
         visual: torch.Tensor,
         truth: dict[str, torch.Tensor],
-        clips: list[Clip],
+        clips: list[Any],
         rng: np.random.Generator,
-        places: torch.Tensor | None,
         *,
         options: bool,
+        frames: int = 0,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        packed = pack_questions(
-            self.tokenizer, draw_questions(rng, clips, self.config.questions_per_clip), options=options
-        )
-        logits, states, thinking = decode_packed(self.model, visual, packed, places)
+        """Loss of answering: `visual` are the tokens of so many `frames` that are told, or else all that are seen."""
+        questions = [self.material.questions(rng, clip, self.config.questions_per_clip) for clip in clips]
+        packed = pack_questions(self.tokenizer, questions, options=options)
+        places = truth["place"]
+        logits, states, thinking = decode_packed(self.model, visual, packed, places if frames else None, frames)
         # What is true at a frame is asked where the shape is: in pixels as in symbols.
-        if places is None:
-            where = symbolic_places(truth)[..., None].expand(-1, -1, states.shape[-1])
-            states = states.gather(1, where)
+        if not frames:
+            states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         frame_loss = self.decoder_heads(states.float(), truth)
         word_loss, right = content_loss(self.model, thinking, packed.content)
         loss = FRAME_WEIGHT * frame_loss + word_loss
@@ -198,18 +215,18 @@ class _Lessons:
         return loss, figures
 
     def _frames(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips = draw_clips(rng, stage.batch, TRAIN_SEEDS)
-        moments = [rng.integers(clip.frames, size=1) for clip in clips]
+        clips = self.material.clips(rng, stage.batch)
+        pairs = [(clip, self.material.moment(rng, clip)) for clip in clips]
         # One frame each of many clips, all in one file: as varied as it gets for the price of one encoding.
-        frames = through_mp4(np.concatenate([render(*pair) for pair in zip(clips, moments, strict=True)]), FPS)
-        truths = [cell_truth([clip], moment) for clip, moment in zip(clips, moments, strict=True)]
-        truth = {key: torch.cat([one[key] for one in truths]) for key in truths[0]}
+        frames = through_mp4(np.concatenate([self.material.render(*pair) for pair in pairs]), FPS)
+        truths = [self.material.cell_truth(*pair) for pair in pairs]
+        truth = {key: torch.stack([one[key] for one in truths]) for key in truths[0]}
         visual = visual_features(self.model, pixel_values(frames)[:, None], frozen=False)[:, None]
         with torch.no_grad():
             target = self.symbols(truth)
         # Most cells are empty: without the balance the tower learns little beyond that.
         losses = []
-        shown = truth["shape"] < FRAME_CLASSES["shape"] - 1
+        shown = truth["cell"] < CELLS**2
         for chosen in (shown, ~shown):
             error = mse_loss(visual[chosen].float(), target[chosen].float()) / target.float().var()
             read = self.tower_heads(visual[chosen].float(), {key: truth[key][chosen] for key in truth})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from namm_transfer.errors import CheckpointError, DataError
-from namm_transfer.eval.video_qa.batches import IGNORED, cell_truth, draw_frames, frame_truth, pack_questions
+from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import QAClip, accuracy_by_family, answer, questions_of
 from namm_transfer.eval.video_qa.host import (
@@ -23,6 +23,7 @@ from namm_transfer.eval.video_qa.host import (
 from namm_transfer.eval.video_qa.model import decode_packed, use_packed_attention, visual_features
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 from namm_transfer.eval.video_qa.questions import all_questions
+from namm_transfer.eval.video_qa.shapes import Shapes
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +89,16 @@ def test_labels_ask_for_the_answer_and_its_end(processor: VideoQAProcessor) -> N
 
 
 def test_cells_agree_with_frames() -> None:
-    clips = [make_clip(seed) for seed in range(6)]
-    frames = draw_frames(np.random.default_rng(0), 32)
-    whole, cells = frame_truth(clips, frames), cell_truth(clips, frames)
-    for row, step in np.ndindex(6, 32):
-        shown = set(cells["colour"][row, step].tolist()) - {8}
-        assert shown <= {int(whole["colour"][row, step])}
-        if int(whole["cell"][row, step]) < 16 and shown:
-            assert int(whole["cell"][row, step]) in cells["cell"][row, step]
+    material, clips = Shapes(), [make_clip(seed) for seed in range(6)]
+    frames = material.frames(np.random.default_rng(0), 32)
+    whole = material.frame_truth(clips, frames)
+    for row, clip in enumerate(clips):
+        cells = material.cell_truth(clip, frames)
+        for step in range(32):
+            shown = set(cells["colour"][step].tolist()) - {8}
+            assert shown <= {int(whole["colour"][row, step])}
+            if int(whole["cell"][row, step]) < 16 and shown:
+                assert int(whole["cell"][row, step]) in cells["cell"][step]
 
 
 def test_saved_host_loads_as_it_was(tmp_path: Path) -> None:

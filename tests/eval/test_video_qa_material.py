@@ -1,0 +1,104 @@
+"""What video LLMs are taught with: every word is known, and what is told of a frame is what its pixels show."""
+
+import numpy as np
+import pytest
+import torch
+
+from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
+from namm_transfer.eval.video_qa.drawing import COLOURS
+from namm_transfer.eval.video_qa.host import PACKAGED, build_tokenizer, load_host
+from namm_transfer.eval.video_qa.shapes import Shapes
+from namm_transfer.eval.video_qa.suite.clips import BAR, PALETTE, TRAIN_SEEDS
+from namm_transfer.eval.video_qa.suite.material import Suite
+from namm_transfer.eval.video_qa.suite.questions import FAMILIES
+from namm_transfer.eval.video_qa.train import TrainConfig, train
+from namm_transfer.eval.video_training import Stage
+
+
+@pytest.mark.parametrize("material", [Shapes(), Suite()], ids=["shapes", "suite"])
+def test_every_word_is_known_and_every_answer_is_asked_for(material) -> None:
+    tokenizer, families = build_tokenizer(material.words), set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        (clip,) = material.clips(rng, 1)
+        assert clip.seed >= TRAIN_SEEDS
+        questions = material.questions(rng, clip, 10)
+        assert len(questions) == 10
+        families |= {question.family for question in questions}
+        for question in questions:
+            words = f"{question.prompt()} {question.truth}"
+            assert tokenizer.unk_token_id not in tokenizer(words)["input_ids"], words
+        packed = pack_questions(tokenizer, [questions])
+        for row, question in enumerate(questions):
+            told = [token for token in packed.content[0, row].tolist() if token != IGNORED]
+            (word,) = set(tokenizer.convert_ids_to_tokens(told))
+            assert len(told) == (1 if " these " in question.text else 2)
+            place = question.truth.split().index(word)
+            assert len({option.split()[place] for option in question.options}) > 1
+            assert len({tuple(option.split()[:place]) for option in question.options}) == 1
+    assert families == (set(FAMILIES) if isinstance(material, Suite) else {"colour", "shape", "direction", "order"})
+
+
+def test_what_is_told_of_a_frame_of_the_suite_is_what_its_cells_and_pixels_show() -> None:
+    material, rng, frames = Suite(), np.random.default_rng(0), np.arange(64)
+    clips = material.clips(rng, 4)
+    told = material.frame_truth(clips, frames)
+    assert set(told) == {*material.classes, *material.looks, "cell", "place"}
+    for row, clip in enumerate(clips):
+        cells, pixels = material.cell_truth(clip, frames), material.render(clip)
+        of_clip = {key: value[row].view(64, 2) for key, value in told.items()}
+        for frame in frames:
+            sign, shown = ({key: int(value[frame, which]) for key, value in of_clip.items()} for which in (0, 1))
+            place = sign["place"] - 16 * frame
+            assert place == sign["cell"] < 4 <= shown["place"] - 16 * frame < 16
+            for key in ("colour", "shape", "size"):
+                assert int(cells[key][frame, place]) == sign[key] < len(material.looks[key])
+            bright = pixels[frame, :BAR, 16 * place : 16 * place + 16].reshape(-1, 3).max(0)
+            assert np.abs(bright - np.array(COLOURS[PALETTE[sign["colour"]]])).max() < 60
+            if shown["digit"] < 10:
+                assert frame == clip.needle and (cells["digit"][frame, 4:] == clip.digit).all()
+                assert shown["colour"] == len(PALETTE)
+            elif shown["colour"] < len(PALETTE):
+                event = next(event for event in clip.events if event.start <= frame < event.end)
+                assert (PALETTE[shown["colour"]], material.looks["shape"][shown["shape"]]) == (
+                    event.colour,
+                    event.shape,
+                )
+                assert set(cells["colour"][frame, 4:].tolist()) <= {shown["colour"], len(PALETTE)}
+            else:
+                assert set(cells["colour"][frame, 4:].tolist()) == {len(PALETTE)}
+        assert of_clip["count"][-1, 1] == len(clip.events) and (of_clip["count"][:, 0] == IGNORED).all()
+        assert of_clip["needle"][clip.needle, 1] == clip.digit and of_clip["needle"][clip.needle - 1, 1] == 10
+        assert of_clip["changed"][clip.change, 0] < 4 == of_clip["changed"][clip.change - 1, 0]
+
+
+@pytest.mark.parametrize("material", ["shapes", "suite"])
+def test_a_host_is_trained_in_stages_saved_and_gone_on_from(tmp_path, material) -> None:
+    video = Stage("video", steps=1, batch=1, learning_rate=1e-3, frames=64)
+    stages = (
+        Stage("options", steps=2, batch=2, learning_rate=1e-3, frames=64),
+        Stage("frames", steps=1, batch=4, learning_rate=1e-3),
+        video,
+    )
+    config = TrainConfig(material=material, stages=stages, questions_per_clip=3, held_out_clips=1)
+    first = train(config, tmp_path / "first")
+    again = TrainConfig(material=material, stages=(video,), held_out_clips=1, start=str(tmp_path / "first"))
+    second = train(again, tmp_path / "second")
+    for host, name in ((first, "first"), (second, "second")):
+        loaded, processor = load_host(tmp_path / name)
+        assert all(
+            torch.equal(a, b) for a, b in zip(host.state_dict().values(), loaded.state_dict().values(), strict=True)
+        )
+        assert len(processor.tokenizer) == loaded.config.get_text_config().vocab_size
+    moved = [k for k, v in second.state_dict().items() if not torch.equal(v, first.state_dict()[k])]
+    assert moved and not any("vision_tower" in name for name in moved)
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="material is 'forms'; expected one of shapes, suite"):
+        TrainConfig(material="forms")
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
+        train(TrainConfig(start=str(tmp_path)), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="knows other words than the questions of 'suite'"):
+        train(TrainConfig(material="suite", start=str(PACKAGED)), tmp_path / "out")
