@@ -64,7 +64,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
 
     Args:
         config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
-            policy), `thresholds`, `rules`, `shared_rules`, `budgets`, `seed`, `executor`.
+            policy), `thresholds`, `rules`, `shared_rules`, `matched`, `budgets`, `seed`, `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -87,7 +87,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     if config["shared_rules"]:
         parts[_SHARED] = columns_shared(config["shared_rules"], budgets)
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
-    if REFERENCE in parts:
+    if REFERENCE in parts and config["matched"]:
         parts[REFERENCE] |= columns_matched(config["rules"])
     shared = {key: config[key] for key in ("seed", "executor")}
     runs = {

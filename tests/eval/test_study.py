@@ -29,6 +29,7 @@ def config(tmp_path, monkeypatch):
         "thresholds": [],
         "rules": ["h2o", "random"],
         "shared_rules": [],
+        "matched": True,
         "budgets": [0.25, 0.5],
         "seed": 0,
         "executor": {"threads": None},
@@ -57,6 +58,12 @@ def test_every_column_is_there_and_reported(config, console, tmp_path):
     )
     assert lines["namm"]["ahead"] is lines["window"]["ahead"] is lines["full"]["ahead"] is None
     assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_rules_are_matched_on_demand_only(config, console, tmp_path):
+    rows = study(config | {"matched": False}, tmp_path / "out", [], console)
+    assert {row.policy for row in rows} >= {"namm", "h2o-0.25"}
+    assert not [row.policy for row in rows if row.policy.endswith("matched")]
 
 
 def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
