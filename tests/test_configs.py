@@ -112,8 +112,8 @@ def test_model_is_short_for_the_model_of_the_task(command):
     assert short == compose(command, [*task, "model@task.model=videomae"])
     assert short.task.model.host == "videomae"
     assert compose(command, [*task, "model=timm_vit", "task.model.path=DIR"]).task.model.path == "DIR"
-    with pytest.raises(ConfigError, match=r"task.model.path has no value"):
-        compose(command, [*task, "model=timm_vit"])
+    with pytest.raises(ConfigError, match=r"task.model.host has no value"):
+        compose(command, ["task=offline_rl/hopper", "model=decision_transformer_d4rl"])
     with pytest.raises(ConfigError, match="'videomea' is no option of model: the nearest is 'videomae'"):
         compose(command, [*task, "model=videomea"])
     assert compose("remember", ["model=llava_next_video"]).model.path == "packaged"

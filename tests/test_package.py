@@ -52,7 +52,7 @@ def test_packaged_files_are_there() -> None:
     assets = Path(namm_transfer.eval.__path__[0]) / "assets"
     configs = Path(namm_transfer.configs.__path__[0])
     assert (weights / "model.safetensors").is_file()
-    for host in ("video_llm", "video_encoder", "videomae", "dt/hopper-v5-noise"):
+    for host in ("video_llm", "video_encoder", "videomae", "timm_vit", "dt/hopper-v5-noise"):
         assert (assets / "hosts" / host / "model.safetensors").is_file(), host
     assert len(list((assets / "videos").rglob("*.mp4"))) >= 40
     assert (configs / "transfer.yaml").is_file()

@@ -64,7 +64,7 @@ def test_inspected(task: str, video: Path, tmp_path: Path) -> None:
     assert len(decode(out / "retained.mp4").frames) == (64 if task == "video_qa/shapes" else 32)
 
 
-@pytest.mark.parametrize("host", ["vivit", "videomae"])
+@pytest.mark.parametrize("host", ["vivit", "videomae", "timm_vit"])
 def test_packaged_encoders(host: str, video: Path, memory: Any) -> None:
     task = build_task(composed("eval", ["task=video_classification/motion", f"model={host}"])["task"])
     retained = task.retained(task.watch(video).frames, memory)
