@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -57,11 +57,17 @@ class DecisionTransformerHost(Host):
 
         with adapt(model, policy, normalisation=normalisation) as host:
             host.reset(8)
-            action = host.act(observation)
+            observation, reward = envs.reset()[0], None
             while playing:
-                observation, reward, ... = envs.step(action)
-                host.reset_rows(done)
-                action = host.act(observation, reward)
+                observation, reward, terminated, truncated, _ = envs.step(host.act(observation, reward))
+                if (done := terminated | truncated).any():
+                    observation, _ = envs.reset(options={"reset_mask": done})
+                    host.reset_rows(done)
+
+    A row that was reset must be shown the first observation of its new episode next. That is how gymnasium's vector
+    environments behave with ``AutoresetMode.DISABLED`` and the loop above, and with ``SAME_STEP`` without its
+    ``envs.reset``. With ``NEXT_STEP``, gymnasium's default, the step after the end ignores the action and only then
+    returns that observation: call ``reset_rows`` after that step, not at the end.
 
     Args:
         model, policy: as for every host.
@@ -92,6 +98,9 @@ class DecisionTransformerHost(Host):
                     f"the normalisation has {sizes[0]} means and {sizes[1]} standard deviations, but the model takes "
                     f"{self.model.config.state_dim} observation values"
                 )
+            numbers = (*normalisation.state_mean, *normalisation.state_std, normalisation.return_scale)
+            if not np.isfinite(numbers).all() or min(*normalisation.state_std, normalisation.return_scale) <= 0:
+                raise ConfigError("the normalisation's means must be finite, its deviations and scale positive too")
 
     @staticmethod
     def misfit(model: nn.Module) -> str | None:
@@ -137,21 +146,20 @@ class DecisionTransformerHost(Host):
         """
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ConfigError(f"reset: rows must be an int of at least 1; got {rows!r}")
-        device = self.model.device
+        device, wanted = self.model.device, self._wanted(rows, target_return)
         self.cache = MemoryCache(self.policy, self.update_interval)
         self._ages = np.zeros(rows, np.int64)  # timesteps that each row has acted in
-        self._action = torch.zeros(rows, self.model.config.act_dim, device=device)
-        self._to_go = torch.zeros(rows, device=device)
+        self._action = torch.zeros(rows, self.model.config.act_dim, dtype=self.model.dtype, device=device)
+        self._to_go = wanted
         if self.normalisation is not None:
             stored = (self.normalisation.state_mean, self.normalisation.state_std)
             self._mean, self._std = (torch.tensor(x, dtype=torch.float32, device=device) for x in stored)
-        self._ask(np.arange(rows), target_return)
 
     def reset_rows(self, rows: ArrayLike | Tensor, target_return: float | ArrayLike | None = None) -> None:
         """Start a new episode in some environments; the others go on.
 
         Args:
-            rows: their numbers [M], or a mask [B] of bool.
+            rows: their numbers [M], each once, or a mask [B] of bool.
             target_return: raw return to ask for, one or [M]; by default the normalisation's.
 
         Raises:
@@ -159,15 +167,21 @@ class DecisionTransformerHost(Host):
             DataError: there are no such rows.
         """
         cache = self._playing("reset_rows")
-        chosen = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        try:
+            chosen = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        except ValueError:  # a ragged list
+            chosen = np.empty(0, object)
         if chosen.dtype == np.bool_ and chosen.shape == self._ages.shape:
             chosen = np.flatnonzero(chosen)
-        if chosen.shape == (0,):
+        if chosen.shape == (0,) and chosen.dtype != object:
             return
         known = chosen.ndim == 1 and chosen.dtype.kind in "iu"
-        if not known or not ((chosen >= 0) & (chosen < len(self._ages))).all():
-            raise DataError(f"reset_rows needs numbers of its {len(self._ages)} rows, or a mask of bool; got {rows!r}")
-        self._ask(chosen, target_return)
+        if not known or len({*chosen} & {*range(len(self._ages))}) < len(chosen):
+            raise DataError(
+                f"reset_rows needs numbers of its {len(self._ages)} rows, each once, or a mask of bool (not of 0 and "
+                f"1); got {rows!r}"
+            )
+        self._to_go[torch.from_numpy(chosen.astype(np.int64))] = self._wanted(len(chosen), target_return)
         cache.clear_rows(torch.from_numpy(chosen.astype(np.int64)))
         self._ages[chosen] = 0
 
@@ -193,16 +207,16 @@ class DecisionTransformerHost(Host):
                 "deviations of the states, the scale of the returns, the return to ask for (step takes them scaled)"
             )
         rows, device, to_go = len(self._ages), self.model.device, self._to_go
-        shown = torch.as_tensor(observation).to(device, torch.float32)
+        shown = self._numbers("observations", observation)
         self._check_shape("observations", shown, (rows, self.model.config.state_dim))
         if (begun := self._ages > 0).any():
             if reward is None:
                 raise DataError("act needs the rewards of the last actions: some rows are in the midst of an episode")
-            earned = torch.as_tensor(reward).to(device, torch.float32)
+            earned = self._numbers("rewards", reward)
             self._check_shape("rewards", earned, (rows,))
             going_on = torch.from_numpy(begun).to(device)
             to_go = torch.where(going_on, to_go - earned / self.normalisation.return_scale, to_go)
-        action = self.step((shown - self._mean) / self._std, to_go)
+        action = self.step((shown - self._mean) / self._std, to_go).float()
         self._to_go = to_go
         return action.cpu().numpy() if isinstance(observation, np.ndarray) else action
 
@@ -226,6 +240,7 @@ class DecisionTransformerHost(Host):
         """
         cache = self._playing("step")
         self._check_inputs(states, returns_to_go)
+        states, returns_to_go = states.to(self.model.dtype), returns_to_go.to(self.model.dtype)
         model, begun = self.model, self._ages > 0
         ages = torch.from_numpy(self._ages).to(states.device)
         now = model.embed_timestep(ages)
@@ -262,15 +277,32 @@ class DecisionTransformerHost(Host):
             raise CacheError(f"no episode yet: call reset(rows) before {call}")
         return self.cache
 
-    def _ask(self, rows: NDArray[np.integer], target_return: float | ArrayLike | None) -> None:
-        """Ask the rows [M] for a raw return, one or [M]."""
+    def _wanted(self, rows: int, target_return: float | ArrayLike | None) -> Tensor:
+        """The scaled returns that M = ``rows`` rows are to ask for, [M]."""
         if self.normalisation is None:
-            return
-        wanted = np.asarray(self.normalisation.target_return if target_return is None else target_return, np.float32)
-        if wanted.shape not in ((), rows.shape) or not np.isfinite(wanted).all():
-            raise DataError(f"expected a finite target_return, one or one for each of {len(rows)} rows; got {wanted}")
-        scaled = torch.from_numpy(np.broadcast_to(wanted / self.normalisation.return_scale, rows.shape).copy())
-        self._to_go[torch.from_numpy(rows)] = scaled.to(self._to_go.device)
+            if target_return is not None:
+                raise ConfigError("a target_return is raw: scaling it needs adapt(..., normalisation=...)")
+            return torch.zeros(rows, device=self.model.device)
+        try:
+            wanted = np.asarray(self.normalisation.target_return if target_return is None else target_return, float)
+        except (TypeError, ValueError):
+            wanted = np.full((), np.nan)
+        if wanted.shape not in ((), (rows,)) or not np.isfinite(wanted).all():
+            raise DataError(
+                f"expected a finite target_return, one or one for each of {rows} rows; got {target_return!r}"
+            )
+        scaled = np.broadcast_to(wanted / self.normalisation.return_scale, (rows,)).astype(np.float32)
+        return torch.from_numpy(scaled.copy()).to(self.model.device)
+
+    def _numbers(self, name: str, value: Any) -> Tensor:
+        """What an environment gave, as float32."""
+        try:
+            found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"expected {name} as an array of numbers; got {type(value).__name__}: {error}") from error
+        if found.is_complex():
+            raise DataError(f"expected {name} as real numbers; got {found.dtype}")
+        return found.to(self.model.device, torch.float32)
 
     @staticmethod
     def _check_shape(name: str, found: Tensor, expected: tuple[int, ...]) -> None:

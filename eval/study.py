@@ -16,6 +16,7 @@ from rich.console import Console
 
 from namm_transfer.errors import BudgetError, ConfigError
 from namm_transfer.eval.compare import THRESHOLD, as_json, compare, curves, markdown
+from namm_transfer.eval.offline_rl import report as offline_rl
 from namm_transfer.eval.results import Row
 from namm_transfer.eval.runner import MATCHED, REFERENCE, Run
 from namm_transfer.eval.task import BASELINES
@@ -115,8 +116,10 @@ def _write(rows: Sequence[Row], task: Mapping[str, Any], command: str, out: Path
         "paired by unit, clustered. No budget: by threshold."
     )
     table = markdown(lines, metric, REFERENCE)
-    write_atomically(out / "table.md", f"{about}\n\n{table}\n![curves](curves.png)\n\nMade by `{command}`.\n")
-    content = {"command": command, "about": about, "lines": as_json(lines)}
+    episodes = offline_rl.summarise(rows, [line.policy for line in lines])
+    text = f"{about}\n\n{table}\n{offline_rl.by_policy(episodes)}![curves](curves.png)\n\nMade by `{command}`.\n"
+    write_atomically(out / "table.md", text)
+    content = {"command": command, "about": about, "lines": as_json(lines), "offline_rl": episodes or None}
     write_atomically(out / "table.json", json.dumps(content, indent=1) + "\n")
     curves(lines, name, metric, out / "curves.png")
     console.print(table, f"written: {out / 'table.md'}, {out / 'curves.png'}", sep="\n")

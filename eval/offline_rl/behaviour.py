@@ -11,10 +11,10 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from namm_transfer.configs.settings import check_at_least_one
-from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.claim import claim
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
-from namm_transfer.files import replacing
+from namm_transfer.files import append_json, replacing, whole_lines
 
 if TYPE_CHECKING:
     from sbx import TQC
@@ -53,7 +53,7 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     `medium_return` asks for.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or one that was begun for fewer timesteps.
     """
     free = ("output", "timesteps", "stop_return")  # when to stop may change while a run goes on
     claim(config.output / "config.json", {key: value for key, value in asdict(config).items() if key not in free})
@@ -70,6 +70,13 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     if latest.exists() and replay.exists():
         model = TQC.load(latest, env=train_env)
         model.load_replay_buffer(replay)
+        buffer: Any = model.replay_buffer
+        room = buffer.buffer_size
+        if config.timesteps >= room:
+            raise ConfigError(
+                f"timesteps is {config.timesteps}, but the run in {config.output} was begun with a replay buffer for "
+                f"fewer than {room}: give timesteps below that, or another output"
+            )
     else:
         model = TQC(
             "MlpPolicy",
@@ -78,7 +85,7 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
             train_freq=8,
             gradient_steps=8,
             policy_delay=2,
-            buffer_size=config.timesteps,
+            buffer_size=config.timesteps + 1,  # it counts as full once its last place is taken
             top_quantiles_to_drop_per_net=config.top_quantiles_to_drop_per_net,
             seed=config.seed,
         )
@@ -107,8 +114,7 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
                 model.save(partial)
             with replacing(replay) as partial:
                 model.save_replay_buffer(partial)
-            with (config.output / "progress.jsonl").open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append_json(config.output / "progress.jsonl", row)
             bar.update(
                 task,
                 completed=model.num_timesteps,
@@ -120,7 +126,8 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
 def replayed(buffer: Any) -> list[Episode]:
     """The whole episodes of a replay buffer (stable-baselines3's, of one environment), oldest first.
 
-    An episode's `seed` is its number.
+    An episode's `seed` is its number. One that was cut off when the run was interrupted is left out: the timestep that
+    follows it in the buffer does not begin where it ended.
 
     Raises:
         DataError: the buffer was full and has lost its oldest timesteps, is of several environments, or holds no whole
@@ -131,10 +138,13 @@ def replayed(buffer: Any) -> list[Episode]:
             f"a replay buffer of {buffer.n_envs} environments{', which is full' * buffer.full}: its episodes are not "
             "whole; expected one environment and room for every timestep"
         )
-    ends = np.flatnonzero(buffer.dones[: buffer.pos, 0]) + 1
+    done = buffer.dones[: buffer.pos, 0].astype(bool)
+    leapt = (buffer.next_observations[: max(buffer.pos - 1, 0), 0] != buffer.observations[1 : buffer.pos, 0]).any(-1)
+    ends = np.flatnonzero(done | np.append(leapt, False)) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    starts, ends = starts[done[ends - 1]], ends[done[ends - 1]]
     if not len(ends):
         raise DataError(f"a replay buffer of {buffer.pos} timesteps holds no whole episode")
-    starts = np.concatenate([[0], ends[:-1]])
     return [
         Episode(
             number,
@@ -176,4 +186,4 @@ def environment_of(folder: Path) -> str:
 def read_progress(folder: Path) -> list[dict[str, float]]:
     """Return the evaluations logged so far, oldest first."""
     path = folder / "progress.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in whole_lines(path)] if path.exists() else []

@@ -44,8 +44,8 @@ def load_d4rl(path: Path) -> list[Episode]:
                     f"{path} lacks {', '.join(missing)}; it holds {', '.join(sorted(file))}. D4RL's v2 files tell "
                     "terminals (the environment ended it) from timeouts (the time limit did)"
                 )
-            arrays = {name: file[name][()] for name in _ARRAYS}
-    except (OSError, RuntimeError, KeyError) as error:  # h5py's for what is truncated, depending on where
+            arrays = {name: np.asarray(file[name][()]) for name in _ARRAYS}
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # h5py's for what is truncated, depending on where
         raise DataError(f"{path} is truncated or no HDF5 file: {error}") from error
     _check(path, arrays)
     terminated, truncated = arrays["terminals"].astype(bool), arrays["timeouts"].astype(bool)
@@ -55,17 +55,20 @@ def load_d4rl(path: Path) -> list[Episode]:
     if left := len(terminated) - int(ends[-1]):
         warnings.warn(f"{path}: its last {left} timesteps are of an episode cut off, and are left out", stacklevel=2)
     starts = np.concatenate([[0], ends[:-1]])
-    return [
-        Episode(
-            number,
-            arrays["observations"][start:end].astype(np.float32, copy=False),
-            arrays["actions"][start:end].astype(np.float32, copy=False),
-            arrays["rewards"][start:end].astype(np.float64),
-            bool(terminated[end - 1]),
-            bool(truncated[end - 1]),
-        )
-        for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
-    ]
+    try:
+        return [
+            Episode(
+                number,
+                arrays["observations"][start:end].astype(np.float32, copy=False),
+                arrays["actions"][start:end].astype(np.float32, copy=False),
+                arrays["rewards"][start:end].astype(np.float64),
+                bool(terminated[end - 1]),
+                bool(truncated[end - 1]),
+            )
+            for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+        ]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _check(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
@@ -74,6 +77,8 @@ def _check(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
         array = arrays[name]
         if array.ndim != rank or len(array) != steps or not steps:
             raise DataError(f"{path}: {name} has shape {array.shape}; expected {rank} axes and {steps} > 0 timesteps")
+        if array.dtype.kind not in "fiub":
+            raise DataError(f"{path}: {name} is {array.dtype}; expected numbers")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))
             raise DataError(

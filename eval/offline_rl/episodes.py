@@ -8,12 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from namm_transfer.errors import DataError
 from namm_transfer.files import replacing
+
+_AXES = {
+    "seed": (1, "iu"),
+    "length": (1, "iu"),
+    "terminated": (1, "b"),
+    "truncated": (1, "b"),
+    "observations": (2, "fiu"),
+    "actions": (2, "fiu"),
+    "rewards": (1, "fiu"),
+}
+"""Arrays of a file: their axes, and the kinds of numbers that they may hold."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +117,32 @@ def load_episodes(path: Path) -> list[Episode]:
     """Read a file of `save_episodes`.
 
     Raises:
-        DataError: the file is missing, or an array in it is missing or of the wrong length.
+        DataError: the file is missing, truncated or no npz; or an array in it is missing, no numbers, or of the wrong
+            length or number of axes; or what it holds is no episode.
     """
     if not path.is_file():
         raise DataError(f"no episodes at {path}; save_episodes writes them")
-    with np.load(path) as file:
-        expected = {"seed", "length", "terminated", "truncated", "observations", "actions", "rewards"}
-        if missing := expected - set(file.files):
-            raise DataError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
-        stored = {name: file[name] for name in expected}
-    ends = np.cumsum(stored["length"])
-    if not len(ends) or any(len(stored[name]) != ends[-1] for name in ("observations", "actions", "rewards")):
+    try:
+        with np.load(path) as file:
+            if missing := set(_AXES) - set(file.files):
+                raise DataError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
+            stored = {name: file[name] for name in _AXES}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise DataError(f"{path} is truncated or no file of save_episodes: {error}") from error
+    for name, (rank, kinds) in _AXES.items():
+        if stored[name].ndim != rank or stored[name].dtype.kind not in kinds:
+            raise DataError(f"{path}: {name} is {stored[name].dtype} with {stored[name].ndim} axes; expected {rank}")
+    ends, steps = np.cumsum(stored["length"]), ("observations", "actions", "rewards")
+    if not len(ends) or any(len(stored[name]) != ends[-1] for name in steps):
         raise DataError(f"{path}: the lengths of its {len(ends)} episodes do not add up to its arrays")
+    if any(len(stored[name]) != len(ends) for name in ("seed", "terminated", "truncated")):
+        raise DataError(f"{path}: it has {len(ends)} lengths, but seeds or flags of another number of episodes")
     parts = (np.split(stored[name], ends[:-1]) for name in ("observations", "actions", "rewards"))
     flags = (stored[name].tolist() for name in ("seed", "terminated", "truncated"))
-    return [
-        Episode(seed, observations, actions, rewards, terminated, truncated)
-        for seed, terminated, truncated, observations, actions, rewards in zip(*flags, *parts, strict=True)
-    ]
+    try:
+        return [
+            Episode(seed, observations, actions, rewards, terminated, truncated)
+            for seed, terminated, truncated, observations, actions, rewards in zip(*flags, *parts, strict=True)
+        ]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ class Normalisation:
                 f"state_mean has {len(self.state_mean)} values and state_std {len(self.state_std)}; "
                 "expected one of each for every observation dimension"
             )
+        if not isinstance(self.env_id, str) or isinstance(self.window, bool) or not isinstance(self.window, int):
+            raise CheckpointError(f"env_id is {self.env_id!r} and window {self.window!r}; expected a name and an int")
         if not all(math.isfinite(v) for v in (*self.state_mean, self.target_return)):
             raise CheckpointError("state_mean or target_return holds a value that is not finite")
         if not all(math.isfinite(v) and v > 0 for v in (*self.state_std, self.return_scale)):
@@ -162,20 +165,34 @@ def read_normalisation(path: Path) -> Normalisation:
 def _find_normalisation(
     folder: Path, state_dim: int, host: str | None, normalisation: Path | str | None
 ) -> Normalisation:
-    known = None if host is None else hub_host(host)
-    if normalisation is not None:
-        return read_normalisation(Path(normalisation))
-    if (folder / "normalisation.json").is_file():
-        return read_normalisation(folder / "normalisation.json")
+    known, card = None if host is None else hub_host(host), folder / "README.md"
+    if normalisation is not None or (folder / "normalisation.json").is_file():
+        found = read_normalisation(Path(normalisation or folder / "normalisation.json"))
+        if known is not None and found.env_id != known.env_id:
+            raise CheckpointError(
+                f"{normalisation or folder} is of {found.env_id}, but model.host names {known.name}, of {known.env_id}"
+            )
+        return found
     if known is not None:
+        _check_card(card, known)
         return _of_hub(known)
-    if (folder / "README.md").is_file():
-        mean, std = read_card(folder / "README.md", state_dim)
-        return replace(_of_hub(_like(folder / "README.md")), state_mean=mean, state_std=std)
+    if card.is_file():
+        mean, std = read_card(card, state_dim)
+        return replace(_of_hub(_like(card)), state_mean=mean, state_std=std)
     raise CheckpointError(
         f"{folder} has no normalisation.json and no model card (README.md): what the states' means and standard "
         "deviations are is unknown; give them as model.normalisation=FILE, or name a known host as model.host"
     )
+
+
+def _check_card(card: Path, known: HubHost) -> None:
+    """Raise CheckpointError if a folder's card tells of another host than the one it is said to hold."""
+    if not card.is_file() or (environment := _environment(card)) is None:
+        return
+    data = re.search(r"trained on (\S+) trajectories", card.read_text(encoding="utf-8").lower())
+    name = f"{environment}-{data[1]}" if data else environment
+    if name not in (known.name, known.name.split("-")[0]):
+        raise CheckpointError(f"{card} is of {name}, but model.host names {known.name}")
 
 
 def _of_hub(host: HubHost) -> Normalisation:
@@ -185,12 +202,15 @@ def _of_hub(host: HubHost) -> Normalisation:
 
 
 def _like(card: Path) -> HubHost:
-    """The known host of the environment that a card names: what a card does not tell is common to all of them."""
-    text = card.read_text(encoding="utf-8").lower()
-    for name in ("hopper", "halfcheetah", "walker2d"):
-        if f"gym {name}" in text:
-            return hub_host(f"{name}-medium")
+    """A known host of the environment that a card names: what a card does not tell is common to all of them."""
+    if (environment := _environment(card)) is not None:
+        return hub_host(f"{environment}-medium")
     raise CheckpointError(
         f"{card} does not tell its environment (Gym Hopper, HalfCheetah or Walker2d); give all numbers as "
         "model.normalisation=FILE"
     )
+
+
+def _environment(card: Path) -> str | None:
+    text = card.read_text(encoding="utf-8").lower()
+    return next((name for name in ("hopper", "halfcheetah", "walker2d") if f"gym {name}" in text), None)

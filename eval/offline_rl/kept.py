@@ -32,6 +32,7 @@ from namm_transfer.eval.offline_rl.kept_report import draw, table
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.rl_tasks import Episodes
 from namm_transfer.eval.runner import REFERENCE
+from namm_transfer.eval.study import columns_of_namm
 from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
 
@@ -147,9 +148,12 @@ def summarise(counted: Sequence[Kept]) -> dict[str, Any]:
         "near_falls": None,
     }
     if None not in falls:
-        parts = {"before": around[:, :, :AROUND], "after": around[:, :, AROUND:]}
+        # An episode without a near fall tells nothing here: it must not count among those that bear the interval.
+        told = around[around.any((1, 2))]
+        parts = {"before": told[:, :, :AROUND], "after": told[:, :, AROUND:]}
         ratios = {
-            name: statistics.ratio(part[:, 0].sum(1), part[:, 1].sum(1), clusters) for name, part in parts.items()
+            name: statistics.ratio(part[:, 0].sum(1), part[:, 1].sum(1), clusters[: len(told)])
+            for name, part in parts.items()
         }
         found["near_falls"] = {
             "count": sum(number or 0 for number in falls),
@@ -195,7 +199,8 @@ def measure_kept(config: Mapping[str, Any], console: Console, budget: float | No
     if REFERENCE not in config["namms"]:
         raise ConfigError(f"namms needs a column {REFERENCE!r}: the rules get its budget")
     units = task.units(config["seed"])
-    columns = {name: {"name": "namm", "namm": namm, "budget": budget} for name, namm in config["namms"].items()}
+    columns = {name: columns_of_namm(name, namm, [])[name] for name, namm in config["namms"].items()}
+    columns = {name: settings | {"budget": budget} for name, settings in columns.items()}
     columns |= {rule: {"name": rule} for rule in config["rules"]}
     found: dict[str, Any] = {}
     for name, settings in columns.items():

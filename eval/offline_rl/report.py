@@ -21,10 +21,14 @@ from namm_transfer.errors import DataError
 from namm_transfer.eval.results import OK, Row
 from namm_transfer.eval.statistics import Estimate
 
-__all__ = ["interquartile_mean", "markdown", "summarise"]
+__all__ = ["by_policy", "interquartile_mean", "markdown", "summarise"]
 
 METRIC = "return_raw"
 RESAMPLES = 2000
+_ABOUT = (
+    "Interquartile mean (the middle half of the episodes) and its 95 % interval from a bootstrap within each task;",
+    "`score_percent`: 0 is the random policy's return and 100 the good one's, each task by its own references.",
+)
 
 
 def interquartile_mean(
@@ -103,8 +107,7 @@ def markdown(summary: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(policy for cells in summary["tasks"].values() for policy in cells))
     text = [
         "",
-        "Interquartile mean (the middle half of the episodes) and its 95 % interval from a bootstrap within each task;",
-        "`score_percent`: 0 is the random policy's return and 100 the good one's, each task by its own references.",
+        *_ABOUT,
         "",
         f"| offline RL | {' | '.join(columns)} |",
         "|---|" + "---:|" * len(columns),
@@ -119,6 +122,18 @@ def markdown(summary: dict[str, Any]) -> str:
             figures = [_interval(cells.get(column, {}).get("iqm_score_percent")) for column in columns]
             text.append(f"| all tasks with references of {source}, score_percent | {' | '.join(figures)} |")
     return "\n".join([*text, ""])
+
+
+def by_policy(summary: dict[str, Any]) -> str:
+    """A summary of `summarise` with a line for each policy, for many policies on few tasks; empty if that is."""
+    if not summary:
+        return ""
+    text = [*_ABOUT, "", "| task | policy | return_raw | score_percent |", "|---|---|---:|---:|"]
+    for task, cells in summary["tasks"].items():
+        for policy, cell in cells.items():
+            figures = [_interval(cell.get(key)) for key in ("iqm_return_raw", "iqm_score_percent")]
+            text.append(f"| {task} | {policy} | {' | '.join(figures)} |")
+    return "\n".join([*text, "", ""])
 
 
 def _trimmed(*samples: np.ndarray, axis: int = -1) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,9 +191,55 @@ def test_what_is_missing_or_does_not_fit_is_told(model) -> None:
             host.reset(2, target_return=[1.0, 2.0, 3.0])
         host.reset(2)
         host.reset_rows([])
-        for rows in ([2], [-1], [0.5], [[0]]):
+        for rows in ([2], [-1], [0.5], [[0]], [1, 1], [[0], [1, 2]], "all"):
             with pytest.raises(DataError, match="reset_rows"):
                 host.reset_rows(rows)
+        host.reset(3)
+        with pytest.raises(DataError, match="a mask of bool"):
+            host.reset_rows(torch.tensor([0, 1, 1], dtype=torch.uint8))
+    for change in ({"state_std": (0.0,) * 5}, {"return_scale": -1.0}, {"state_mean": (np.nan,) * 5}):
+        with pytest.raises(ConfigError, match="must be finite, its deviations and scale positive"):
+            adapt(model, policy("full"), normalisation=SimpleNamespace(**{**vars(NORMALISATION), **change}))
+    with adapt(model, policy("full")) as host, pytest.raises(ConfigError, match="target_return is raw"):
+        host.reset(2, target_return=3.0)
+
+
+@pytest.mark.parametrize("bad", [None, {"a": 1}, [[1.0], [1.0, 2.0]], np.full((2, O), None), [["x"] * O] * 2])
+def test_observations_that_are_no_numbers_are_refused(model, bad) -> None:
+    with adapt(model, policy("full"), normalisation=NORMALISATION) as host:
+        host.reset(2)
+        with pytest.raises(DataError, match="expected observations as an array of numbers"):
+            host.act(bad)
+        with pytest.raises(DataError, match="as real numbers; got torch.complex"):
+            host.act(np.ones((2, O), np.complex64))
+        for target in ("abc", [1.0, np.nan], [[1.0]]):
+            with pytest.raises(DataError, match="expected a finite target_return"):
+                host.reset(2, target_return=target)
+
+
+def test_a_refused_reset_leaves_the_episodes_as_they_were(model) -> None:
+    observations, rewards = stream(2)
+    with adapt(model, policy("full"), normalisation=NORMALISATION) as host:
+        host.reset(2)
+        expected = [host.act(observations[t], rewards[t]) for t in range(3)]
+        host.reset(2)
+        for t in range(3):
+            with pytest.raises(DataError, match="expected a finite target_return"):
+                host.reset(2, target_return=np.nan)
+            np.testing.assert_array_equal(host.act(observations[t], rewards[t]), expected[t])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_any_precision_plays(model, dtype) -> None:
+    observations, rewards = stream(2)
+    with adapt(copy.deepcopy(model).to(dtype), policy("full"), normalisation=NORMALISATION) as host:
+        host.reset(2)
+        found = [host.act(observations[t][::-1], rewards[t]) for t in range(4)]  # rows upside down: strides below zero
+    with adapt(model, policy("full"), normalisation=NORMALISATION) as host:
+        host.reset(2)
+        exact = [host.act(observations[t][::-1].copy(), rewards[t]) for t in range(4)]
+    assert all(one.dtype == np.float32 for one in found)
+    np.testing.assert_allclose(found, exact, atol=1e-5 if dtype == torch.float64 else 0.1)
 
 
 def test_a_memory_forgets_padding_but_no_token(model) -> None:

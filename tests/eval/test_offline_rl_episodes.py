@@ -76,3 +76,22 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", **{**stored, "length": np.array([4])})
     with pytest.raises(DataError, match="do not add up"):
         load_episodes(tmp_path / "short.npz")
+    for change, message in (
+        ({"seed": np.zeros(0, np.int64)}, "seeds or flags of another number"),
+        ({"length": np.array([3.0])}, "length is float64 with 1 axes"),
+        ({"rewards": np.array(3.0)}, "rewards is float64 with 0 axes"),
+        ({"rewards": np.array(["a"] * 3)}, "rewards is <U1"),
+        ({"rewards": np.full(3, np.nan)}, r"short\.npz: episode of seed .*not finite"),
+    ):
+        np.savez(tmp_path / "short.npz", **{**stored, **change})
+        with pytest.raises(DataError, match=message):
+            load_episodes(tmp_path / "short.npz")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "cut.npz"
+    save_episodes(path, [make_episode(3)])
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(DataError, match=r"cut\.npz is truncated or no file of save_episodes"):
+        load_episodes(path)

@@ -128,6 +128,17 @@ def test_a_card_whose_lists_do_not_fit_is_refused(tmp_path: Path, mean: str, std
     assert normalisation.state_std[-1] == 7.253004
 
 
+def test_a_named_host_that_the_folder_does_not_hold_is_refused(tmp_path: Path) -> None:
+    card = CARD.format(data="expert", environment="HalfCheetah", mean=numbers(17), std=numbers(17, 0.5))
+    folder = write_host(tmp_path, 17, 6, card=card)
+    for host in ("walker2d-medium", "halfcheetah-medium"):
+        with pytest.raises(CheckpointError, match=f"is of halfcheetah-expert, but model.host names {host}"):
+            load_host(folder, host=host)
+    assert load_host(folder, host="halfcheetah-expert")[1].env_id == "HalfCheetah-v4"
+    with pytest.raises(CheckpointError, match=r"is of Hopper-v5, but model.host names hopper-medium, of Hopper-v4"):
+        load_host("hopper-v5-medium", host="hopper-medium")
+
+
 def test_what_a_folder_lacks_is_told(tmp_path: Path) -> None:
     write_host(tmp_path, 11, 3, card=None)
     with pytest.raises(CheckpointError, match="no normalisation.json and no model card"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium
@@ -171,9 +172,9 @@ def test_a_replay_buffer_becomes_its_whole_episodes() -> None:
         replayed(buffer)
     ends = {3: False, 8: True}  # timestep -> cut off by the time limit; three timesteps are of an unfinished episode
     for step in range(12):
-        place = np.full((1, 2), step / 20, np.float32)
+        place, following = (np.full((1, 2), at / 20, np.float32) for at in (step, step + 1))
         done, infos = np.array([step in ends]), [{"TimeLimit.truncated": ends.get(step, False)}]
-        buffer.add(place, place + 0.05, -place, np.array([float(step)]), done, infos)
+        buffer.add(place, following, -place, np.array([float(step)]), done, infos)
     first, second = replayed(buffer)
     assert (first.length, first.terminated, first.truncated) == (4, True, False)
     assert (second.length, second.terminated, second.truncated) == (5, False, True)
@@ -184,6 +185,26 @@ def test_a_replay_buffer_becomes_its_whole_episodes() -> None:
         buffer.add(place, place, place, np.zeros(1), np.zeros(1), [{}])
     with pytest.raises(DataError, match="which is full"):
         replayed(buffer)
+
+
+def test_an_episode_cut_off_by_an_interruption_is_no_part_of_the_next(tmp_path: Path) -> None:
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    box = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+    buffer = buffers.ReplayBuffer(20, box, box)
+
+    def play(values: list[float], *, ends: bool) -> None:
+        for now, following in pairwise(values):
+            done = ends and following == values[-1]
+            buffer.add(*(np.full((1, 1), x, np.float32) for x in (now, following, 0)), np.ones(1), [done], [{}])
+
+    play([0.0, 0.1, 0.2, 0.3], ends=True)
+    play([0.0, 0.15, 0.25], ends=False)  # here the run was killed; resumed, it begins an episode
+    play([0.05, 0.12, 0.18, 0.22, 0.4], ends=True)
+    play([0.0, 0.5], ends=False)
+    first, second = replayed(buffer)
+    assert first.observations[:, 0].tolist() == pytest.approx([0.0, 0.1, 0.2])
+    assert second.observations[:, 0].tolist() == pytest.approx([0.05, 0.12, 0.18, 0.22])
+    assert (second.terminated, second.truncated) == (True, False)
 
 
 def test_missing_behaviour_policy_is_refused(tmp_path: Path) -> None:

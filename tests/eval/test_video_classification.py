@@ -14,7 +14,6 @@ from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE,
 from namm_transfer.eval.video_classification.evaluate import accuracy_by_motion
 from namm_transfer.eval.video_classification.host import (
     ARCHITECTURES,
-    PACKAGED_HOSTS,
     VideoEncoderProcessor,
     build_model,
     load_host,

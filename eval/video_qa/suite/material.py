@@ -65,6 +65,7 @@ class Suite:
         dict.fromkeys(
             [*_QUESTION_WORDS, *ORDINALS, *DIRECTIONS, *(word for name in RESPECTS.values() for word in name.split())]
             + [word for words in looks.values() for word in words]
+            + [str(count) for blocks in OBJECTS.values() for block in blocks for count in block]
         )
     )
     # "Nothing of it" is the last class of each, but for counts.
