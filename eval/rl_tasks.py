@@ -18,7 +18,7 @@ from namm_transfer.eval.offline_rl.agent import MemoryAgent, WatchedAgent, Watch
 from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, check_fits, load_host, packaged_hosts
 from namm_transfer.eval.offline_rl.hub import fetch, hub_host
 from namm_transfer.eval.offline_rl.rollout import EpisodeRecord, make_envs, play, rollout
-from namm_transfer.eval.offline_rl.scores import score_fraction
+from namm_transfer.eval.offline_rl.scores import score_percent
 from namm_transfer.eval.offline_rl.window import WindowAgent
 from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder
@@ -55,6 +55,9 @@ class Episodes:
         window = self.model.get("window")
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise ConfigError(f"{self.name}: window is {window!r}; expected an integer of at least 1, or null")
+        target = self.model.get("target_return")
+        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
+            raise ConfigError(f"{self.name}: target_return is {target!r}; expected a number, or null")
         if self.model["path"] != "packaged":
             _ = self._host  # what is wrong with it is said before another task spends hours
 
@@ -124,8 +127,8 @@ class Episodes:
         normalisation = self._host[1]
         if (references := normalisation.references) is None:
             return detail
-        fraction = score_fraction(record.return_raw, normalisation.env_id, references)
-        return detail | {"score_percent": 100 * fraction, "references": references.source}
+        percent = score_percent(record.return_raw, normalisation.env_id, references)
+        return detail | {"score_percent": percent, "references": references.source}
 
     def _refuse_ended_at_once(self, record: EpisodeRecord, env_id: str) -> None:
         if record.terminated and record.length == 1:

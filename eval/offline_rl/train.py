@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from namm_transfer.eval.offline_rl.episodes import Episode
 from namm_transfer.eval.offline_rl.host import Normalisation, save_host
 from namm_transfer.eval.offline_rl.measure import measure_host, measure_policy
 from namm_transfer.eval.offline_rl.scores import ReturnSummary
-from namm_transfer.eval.offline_rl.sources import read_episodes
+from namm_transfer.eval.offline_rl.sources import check_environment, read_episodes
 from namm_transfer.eval.provenance import digest
 from namm_transfer.files import replacing, write_atomically
 
@@ -79,9 +80,15 @@ class TrainingConfig:
             raise ConfigError(f"the shares of contexts {self.contexts} have to be >= 0 and add up to 1")
         if min(length for length, _ in self.contexts) < 1:
             raise ConfigError(f"contexts {self.contexts} holds a length below 1 timestep")
-        check_at_least_one(
-            self, "steps", "data_timesteps", "timesteps_per_step", "checkpoint_every", "window", "max_episode_length"
-        )
+        counts = ("steps", "data_timesteps", "timesteps_per_step", "checkpoint_every", "window", "max_episode_length")
+        check_at_least_one(self, *counts, "warmup_steps", "evaluation_episodes", "layers", "heads", "hidden_size")
+        for name in ("learning_rate", "return_scale", "gradient_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a finite number above 0")
+        if not 0 <= self.start_fraction <= 1:
+            raise ConfigError(f"start_fraction is {self.start_fraction}; expected a number from 0 to 1")
+        if self.hidden_size % self.heads:
+            raise ConfigError(f"hidden_size is {self.hidden_size}; expected a multiple of heads, {self.heads}")
 
 
 def train_decision_transformer(config: TrainingConfig, *, progress: bool = True) -> Path:
@@ -94,10 +101,13 @@ def train_decision_transformer(config: TrainingConfig, *, progress: bool = True)
     sources: tuple[Path | str, ...] = config.episodes
     if config.data is not None:
         sources = (data_of(config.behaviour, config.data, config.data_timesteps, progress=progress),)
-    episodes = [episode for source in sources for episode in read_episodes(source)]
+    read = {source: read_episodes(source) for source in sources}
+    episodes = [episode for found in read.values() for episode in found]
     longest = max(episode.length for episode in episodes)
     if longest > config.max_episode_length:
         raise ConfigError(f"an episode has {longest} timesteps; max_episode_length is {config.max_episode_length}")
+    for source, found in read.items():
+        check_environment(source, found, env_id)
     sampler = WindowSampler(episodes, config.return_scale, config.start_fraction)
     model, losses, seconds = _fit(config, sampler, progress)
     seeds = range(20_000_000, 20_000_000 + config.evaluation_episodes)  # no episode of the data has these
@@ -155,7 +165,7 @@ def _fit(
     first, spent = 0, 0.0
     checkpoint = config.folder / "checkpoint.pt"
     config.folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(config)
+    settings = _settings(config, sampler)
     if checkpoint.exists():
         stored = torch.load(checkpoint, weights_only=True)
         if stored["settings"] != settings:
@@ -222,11 +232,12 @@ def _new_model(config: TrainingConfig, sampler: WindowSampler) -> DecisionTransf
         return DecisionTransformerModel(settings)
 
 
-def _settings(config: TrainingConfig) -> str:
+def _settings(config: TrainingConfig, sampler: WindowSampler) -> str:
     """What a checkpoint depends on, as text: not the places, nor what is only measured afterwards."""
     neutral = replace(config, behaviour=Path(), folder=Path(), host=Path(), window=1, target_return=None)
     fields = asdict(replace(neutral, evaluation_episodes=1))
-    fields["episodes"] = [path.name for path in config.episodes]
+    learned = (sampler.states, sampler.actions, sampler.returns_to_go, sampler.lengths)
+    fields["episodes"] = sha256(b"".join(np.ascontiguousarray(array).data for array in learned)).hexdigest()[:16]
     fields["behaviour"] = digest(policy_of(config.behaviour))
     return json.dumps(fields, default=str, sort_keys=True)
 

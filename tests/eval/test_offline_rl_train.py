@@ -16,6 +16,7 @@ from namm_transfer.eval.offline_rl import train
 from namm_transfer.eval.offline_rl.batches import WindowSampler
 from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, replayed, train_behaviour
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
+from namm_transfer.eval.offline_rl.sources import check_environment
 from namm_transfer.eval.offline_rl.train import TrainingConfig
 
 
@@ -26,6 +27,14 @@ def make_episode(length: int) -> Episode:
 
 
 EPISODES = [make_episode(length) for length in (3, 30, 50)]
+
+
+def test_episodes_of_another_environment_are_refused(tmp_path: Path) -> None:
+    save_episodes(tmp_path / "own.npz", EPISODES)
+    with pytest.raises(DataError, match=r"own\.npz holds observations .*Hopper-v5 has \(11,\) and \(3,\)"):
+        check_environment(tmp_path / "own.npz", EPISODES, "Hopper-v5")
+    with pytest.raises(DataError, match=r"a version before v5.*expected Hopper-v5: rewards are not the same"):
+        check_environment(tmp_path / "hopper_expert-v2.hdf5", EPISODES, "Hopper-v5")
 
 
 def test_windows_hold_the_episodes_own_values() -> None:
@@ -142,6 +151,12 @@ def test_episode_longer_than_the_model_is_refused(config: TrainingConfig) -> Non
         {"contexts": ((0, 1.0),)},
         {"contexts": ()},
         {"steps": 0},
+        {"warmup_steps": 0},
+        {"evaluation_episodes": 0},
+        {"learning_rate": float("nan")},
+        {"return_scale": 0.0},
+        {"start_fraction": 2.0},
+        {"heads": 3},
         {"data": "expert"},  # beside episodes
         {"data": "good", "episodes": ()},
         {"episodes": ()},
