@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from namm_transfer.adapters.video_encoder import EncoderHost
-from namm_transfer.attention import AttentionOptions
+from namm_transfer.attention import AttentionOptions, expecting
 
 __all__ = ["TimesformerHost"]
 
@@ -46,12 +46,13 @@ class TimesformerHost(EncoderHost):
             module.__dict__.pop("forward", None)
 
     def _forward(self, module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-        if self.memory is None:
+        memory = self.memory
+        if memory is None or expecting.get() is not memory:  # a call of the model itself
             return type(module).forward(module, hidden_states, output_attentions)
         rows, count, width = hidden_states.shape
         qkv = module.qkv(hidden_states).view(rows, count, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        out = self.memory.attend(module, query, key, value, None, AttentionOptions(module.scale))
+        out = memory.attend(module, query, key, value, None, AttentionOptions(module.scale))
         return (out.transpose(1, 2).reshape(rows, count, width),)
 
 

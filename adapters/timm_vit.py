@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from namm_transfer.adapters.video_encoder import EncoderHost, special_tokens
 from namm_transfer.attention import AttentionOptions
 from namm_transfer.encoder import EncoderMemory
+from namm_transfer.errors import UnsupportedModelError
 
 __all__ = ["TimmHost"]
 
@@ -70,10 +71,11 @@ class _Intercept(TorchFunctionMode):
     def __init__(self, host: TimmHost) -> None:
         super().__init__()
         self.host = host
-        self.running: list[nn.Module] = []
+        self.running: list[tuple[nn.Module, int]] = []
 
-    def enter(self, module: nn.Module, *_: Any) -> None:
-        self.running.append(module)
+    def enter(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens: Tensor = args[0]  # [B, N, D], or [B, h, w, D]
+        self.running.append((module, tokens[0].numel() // tokens.shape[-1]))
 
     def leave(self, *_: Any) -> None:
         self.running.pop()
@@ -84,7 +86,13 @@ class _Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         memory = self.host.memory
         if func is F.scaled_dot_product_attention and self.running and memory is not None and _is_self(*args[:2]):
-            return _answer(memory, self.running[-1], *args, **kwargs)
+            module, tokens = self.running[-1]
+            if args[0].shape[2] != tokens:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} was given {tokens} tokens and attends among {args[0].shape[2]} of "
+                    "something else (as XCiT does among channels): there are no tokens to evict"
+                )
+            return _answer(memory, module, *args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -70,7 +70,8 @@ class VideoLLMHost(CausalLMHost):
         self._use_namm(self.model.get_decoder(), *towers)
 
     def _run(self, call: Any, inputs: dict[str, Any]) -> Any:
-        if self.vision is None or not any(name.startswith("pixel_values") for name in inputs):
+        shown = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
+        if self.vision is None or not shown:
             return super()._run(call, inputs)
         modules = {
             module: special_tokens(tower) for tower in vision_towers(self.model) for module in attention_modules(tower)
@@ -210,6 +211,12 @@ class VideoLLMHost(CausalLMHost):
             raise ConfigError(f"memory must be what host.remember returned; got {type(memory).__name__}")
         if inputs.get("past_key_values") is not None:
             raise ConfigError("memory and past_key_values are two memories; pass one")
+        for name in ("num_beams", "num_return_sequences"):
+            number = inputs.get(name) or getattr(self.model.generation_config, name, None) or 1
+            if number > 1:
+                raise ConfigError(
+                    f"{name} is {number}: a memory is asked for one answer a row; repeat the question's rows"
+                )
         if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
             raise ConfigError("memory needs input_ids [B, L], the ids of what follows the video in the prompt")
         if mask is None:

@@ -104,8 +104,10 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
 
 
 def _rate(timestamps: np.ndarray) -> float:
-    """Frames a second, of times [T] in seconds."""
-    return float(1 / np.median(np.diff(timestamps))) if len(timestamps) > 1 else 1.0
+    """Frames a second on the average, of times [T] in seconds; at least 1, so that the picture lasts no longer than
+    the frames have to tell."""
+    span = float(timestamps[-1] - timestamps[0])
+    return max(1.0, (len(timestamps) - 1) / span) if span > 0 else 1.0
 
 
 def picture(frames: np.ndarray, retained: np.ndarray, shown: int, title: str, path: Path) -> None:

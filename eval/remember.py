@@ -15,6 +15,7 @@ from namm_transfer.adapters import adapt
 from namm_transfer.adapters.video_memory import VideoMemory
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.executor import use_executor
+from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.task import host_folder
 from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.eval.video import fit, stream
@@ -46,7 +47,7 @@ def remember(
 
     Raises:
         VideoError: the file cannot be decoded; what was seen before the fault is saved.
-        ConfigError: settings out of range, or `resume` is the memory of another video.
+        ConfigError: settings out of range, or `resume` is the memory of another video or host.
         CacheError: `resume` is no memory of a video, or was made under another policy.
         Interrupted: on Ctrl-C.
     """
@@ -56,10 +57,11 @@ def remember(
     device, interval, save = config["model"]["device"], config["model"]["update_interval"], save or resume
     memory = _stored(resume, policy)
     frames = stream(video, fps=config["fps"], batch=config["batch"], start=memory.frames if memory else 0)
-    source = {"video": video.name, "bytes": video.stat().st_size, "fps": config["fps"]}
+    folder = host_folder(config["model"], PACKAGED)
+    source = {"video": video.name, "bytes": video.stat().st_size, "fps": config["fps"], "host": digest(folder)}
     if memory is not None and memory.about != source:
         raise ConfigError(f"{resume} is the memory of {memory.about}; asked to go on with {source}")
-    model, processor = load_host(host_folder(config["model"], PACKAGED))
+    model, processor = load_host(folder)
     with frames, adapt(model.to(device), policy, interval) as host:
         start = None
         if memory is None:
@@ -69,7 +71,7 @@ def remember(
         else:
             memory.cache.to(device)
             console.print(f"{memory.frames} of {frames.total} frames are in {resume} already")
-        saver = _Saver(save, config["save_every"])
+        saver = _Saver(save, config["save_every"], resumed=save is not None and save == resume)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="the video passes token")  # said in the report
@@ -82,16 +84,16 @@ def remember(
             saver.write(memory)
             raise
         saver.write(memory)
-        _report(memory, model.config.get_text_config().max_position_embeddings, console)
+        _report(memory, policy, model.config.get_text_config().max_position_embeddings, console)
         return [_answer(host, processor, memory, question, config["max_new_tokens"], console) for question in questions]
 
 
 class _Saver:
-    """Saves a memory that grows, every few seconds."""
+    """Saves a memory that grows, every few seconds; `resumed` tells that the file is there already."""
 
-    def __init__(self, path: Path | None, seconds: float) -> None:
+    def __init__(self, path: Path | None, seconds: float, *, resumed: bool) -> None:
         self.path, self.seconds = path, seconds
-        self.last, self.frames = time.monotonic(), 0
+        self.last, self.saved = time.monotonic(), resumed
 
     def __call__(self, memory: VideoMemory) -> None:
         if time.monotonic() - self.last >= self.seconds:
@@ -101,13 +103,14 @@ class _Saver:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             memory.save(self.path)
-        self.last, self.frames = time.monotonic(), memory.frames
+            self.saved = True
+        self.last = time.monotonic()
 
     def advice(self, video: Path) -> str:
         """What to tell whoever interrupted."""
         if self.path is None:
             return "interrupted: nothing was saved (give --save FILE)"
-        if not self.path.is_file():
+        if not self.saved:
             return f"interrupted before {self.path} was first saved"
         return f"interrupted: go on with: namm-transfer remember {video} --resume {self.path}"
 
@@ -120,13 +123,17 @@ def _pixels(frames: Any) -> torch.Tensor:
     return pixel_values(fit(frames, SIDE))
 
 
-def _report(memory: VideoMemory, positions: int, console: Console) -> None:
+def _report(memory: VideoMemory, policy: Policy, positions: int, console: Console) -> None:
     stats, until = memory.stats(), memory.timestamp
     at = "" if until is None else f", up to {int(until) // 3600}:{int(until) // 60 % 60:02}:{until % 60:06.3f}"
     console.print(
         f"remembered {memory.frames} frames{at}: {stats.kept_fraction:.2%} of {stats.seen[0]} tokens, "
         f"{stats.bytes['total'] / 2**20:.2f} MiB"
     )
+    if policy.evicts and not stats.updates:
+        console.print(
+            f"[yellow]nothing was evicted: a decision is taken every {memory.cache.update_interval} tokens[/]"
+        )
     if stats.seen[0] > positions:
         console.print(f"[yellow]beyond the {positions:,} positions that the host was trained on: trust no answer[/]")
 

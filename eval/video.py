@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import av
 import decord
@@ -63,7 +64,7 @@ def decode(
 
     Args:
         path: a file that FFmpeg reads.
-        num_frames: this many frames, evenly spaced from the first to the last.
+        num_frames: this many frames, evenly spaced from the first to the last, those nearest in time.
         at_most: the same of a longer video; all frames of one that has no more.
         fps: the frames shown at this many moments a second; each at most once.
         indices: exactly these frames, in this order.
@@ -77,7 +78,8 @@ def decode(
         raise ConfigError("expected at most one of num_frames, at_most, fps, indices and timestamps")
     file = probe(path)
     if at_most is not None:
-        num_frames = min(at_most, len(file))
+        _check_count("at_most", at_most)
+        num_frames = at_most if at_most < len(file) else None
     chosen = _choose(file.times, num_frames, fps, indices, timestamps)
     return DecodedVideo(_read(file, chosen), file.times[chosen], file.path)
 
@@ -179,8 +181,10 @@ def write_mp4(
         crf: 0 (best) to 51.
 
     Raises:
-        VideoError: frames of another shape or type, an odd height or width, or no frames.
+        VideoError: frames of another shape or type, an odd height or width, no frames, or a rate that is none.
     """
+    if not 0 < fps < np.inf:
+        raise VideoError(f"expected a positive number of frames a second, got {fps}")
     parts = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = _writable(next(parts, np.empty((0, 0, 0, 3), np.uint8)))
     buffer = io.BytesIO()
@@ -237,12 +241,16 @@ def _in_batches(file: VideoFile, chosen: np.ndarray, size: int) -> Iterator[Batc
     """The chosen frames, ascending, one pass through the file."""
     wanted, held = iter(chosen.tolist()), []
     following = next(wanted, None)
-    count = 0
+    count, shape = 0, None
     for index, frame in enumerate(read_in_order(file.path)):
         if following is None:
             break
         if index == following:
             held.append(picture(frame))
+            shape = shape or held[0].shape
+            if held[-1].shape != shape:
+                now, before = (f"{height} x {width}" for height, width, _ in (held[-1].shape, shape))
+                raise VideoError(f"{file.path}: frame {index} is {now}, those before are {before}")
             following = next(wanted, None)
             if len(held) == size:
                 yield np.stack(held), file.times[chosen[count : count + size]]
@@ -285,28 +293,46 @@ def _choose(
     """Indices of the frames, given the seconds [T] at which all of them are shown."""
     total, first, last = len(times), times[0], times[-1]
     if num_frames is not None:
-        if isinstance(num_frames, bool) or not 1 <= num_frames <= total:
+        _check_count("num_frames", num_frames)
+        if num_frames > total:
             raise ConfigError(f"expected num_frames between 1 and the video's {total}, got {num_frames}")
         return np.round(_places(times, np.linspace(first, last, num_frames))).astype(np.int64)
     if fps is not None:
-        if isinstance(fps, bool) or not 0 < fps < np.inf:
-            raise ConfigError(f"expected a positive fps, got {fps}")
+        if isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < np.inf:
+            raise ConfigError(f"expected a positive fps, got {fps!r}")
         if fps >= 1 / np.diff(times, append=last + np.inf).min():
             return np.arange(total)
         moments = first + np.arange(int((last - first) * fps + 1e-6) + 1) / fps
         return np.unique(np.floor(_places(times, moments)).astype(np.int64))
     if timestamps is not None:
-        moments = np.asarray(timestamps, dtype=np.float64)
+        moments = _vector("timestamps", timestamps, "fiu").astype(np.float64)
         end = last + (last - first) / max(total - 1, 1)  # the last frame is shown as long as the others on average
         if not moments.size or not (first <= moments.min() and moments.max() <= end):
             raise ConfigError(f"expected timestamps within {first:.3f}..{end:.3f} s, got {list(timestamps)}")
         return np.floor(_places(times, moments)).astype(np.int64)
     if indices is None:
         return np.arange(total)
-    chosen = np.asarray(indices, dtype=np.int64)
+    chosen = _vector("indices", indices, "iu").astype(np.int64)
     if not chosen.size or chosen.min() < 0 or chosen.max() >= total:
         raise ConfigError(f"expected frame indices within 0..{total - 1}, got {list(indices)}")
     return chosen
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"expected {name} to be an integer of at least 1, got {value!r}")
+
+
+def _vector(name: str, values: Any, kinds: str) -> np.ndarray:
+    """Numbers of one axis; `kinds` are NumPy's letters for those that are allowed."""
+    try:
+        found = np.asarray(values)
+    except ValueError:  # ragged
+        found = np.empty(0, object)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in kinds):
+        kind = "integers" if "f" not in kinds else "numbers"
+        raise ConfigError(f"expected {name} to be a list of {kind}, got {values!r}")
+    return found
 
 
 def _places(times: np.ndarray, moments: np.ndarray) -> np.ndarray:

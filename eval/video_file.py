@@ -57,12 +57,14 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
     with _opened(path) as (container, stream):
         pts: list[int] = []
         ends = {one.index: 0.0 for one in container.streams}
-        packets = 0
+        packets = discarded = 0
         for packet in container.demux():
             if packet.size and packet.pts is not None and packet.time_base is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 ends[packet.stream_index] = max(ends[packet.stream_index], end)
-            if packet.size and packet.stream_index == stream.index and not packet.is_discard:
+            if packet.size and packet.stream_index == stream.index and packet.is_discard:
+                discarded += 1
+            elif packet.size and packet.stream_index == stream.index:
                 packets += 1
                 if packet.is_corrupt:
                     raise VideoError(f"{path}: truncated or damaged: packet {packets} of the video is incomplete")
@@ -70,6 +72,8 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
                     pts.append(packet.pts)
         if not packets:
             raise VideoError(f"{path}: the video stream holds no frames")
+        if "mp4" in container.format.name and stream.frames > packets + discarded:  # others only estimate it
+            raise VideoError(f"{path}: truncated: it announces {stream.frames} frames and holds {packets + discarded}")
         announced = container.duration / av.time_base if container.duration else 0.0
         end = max(ends.values())
         # some formats count a duration from the start of the first stream, some from zero

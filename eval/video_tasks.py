@@ -187,6 +187,11 @@ class ShapesQA(_ClipTask):
         with torch.inference_mode(), adapt(model, policy, self.model["update_interval"]) as host:
             host(**inputs, logits_to_keep=1)
             memory = host.cache
+        if policy.evicts and not memory.stats().updates:
+            raise ConfigError(
+                f"policy {policy.name!r} took no decision: the video has {len(visual)} tokens, model.update_interval "
+                f"is {self.model['update_interval']}; choose a smaller interval, or a longer video"
+            )
         side = math.isqrt(len(visual) // len(frames))
         held = [
             [

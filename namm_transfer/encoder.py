@@ -192,15 +192,17 @@ class EncoderMemory:
     def stats(self) -> MemoryStats:
         """What the layers retained after their last decision, layers in the order of their calls.
 
-        Where a layer attends within parts of an input (a patch over time, a frame), the parts are summed up.
+        Where a layer attends within parts of an input (a patch over time, a frame), the parts are summed up. A vision
+        tower that was shown both images and videos in one call has other rows for each: they are summed up to one.
         """
         passes = [p for layer in self.layers.values() for p in layer]
+        inputs = 1 if self.batch is None and len({p.rows for p in passes}) > 1 else self.batch
         return measure(
             [p.tokens for p in passes],
             [[p.count] * p.rows for p in passes],
             [p.updates.tolist() for p in passes],
             [p.kept.tolist() for p in passes],
-            inputs=self.batch,
+            inputs=inputs,
         )
 
     def attention_work(self) -> float:

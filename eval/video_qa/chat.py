@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.video_utils import VideoMetadata
 
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
-from namm_transfer.eval.video import DecodedVideo, decode
+from namm_transfer.eval.video import DecodedVideo, decode, fit
 from namm_transfer.eval.video_qa import host as packaged_host
+from namm_transfer.eval.video_qa.clips import SIDE
 from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER
 
 __all__ = ["Encoded", "Frames", "Reader", "load_video_llm"]
@@ -104,7 +105,7 @@ class PackagedReader:
         if kinds != ["video", "text"] or len(videos) != 1:
             raise DataError(f"the packaged video LLM reads one video and then one text; got {', '.join(kinds)}")
         prompt = f"{VIDEO_PLACEHOLDER}\n{parts[1]['text']}"
-        return Encoded(self.processor(videos[0].frames, prompt), prompt)
+        return Encoded(self.processor(fit(videos[0].frames, SIDE), prompt), prompt)
 
     def text(self, tokens: torch.Tensor) -> str:
         return self.processor.decode(tokens)

@@ -127,12 +127,16 @@ def run(config: HourConfig) -> dict[str, Any]:
     settings = [str(video), f"fps={config.sampled}", f"policy={config.policy}", f"policy.budget={config.budget}"]
     settings += ["save_every=2", f"executor.threads={config.threads}"]
     first = watch([*settings, "--save", str(whole)], whole)
-    seen = _frames(whole) if whole.is_file() else 0
+    if first.code or not whole.is_file():
+        raise DataError(f"watching ended with exit code {first.code}, and {whole.name} was not saved")
+    seen = _frames(whole)
     killed = watch([*settings, "--save", str(resumed)], resumed, kill_at=round(seen * config.kill_at))
-    if first.code or killed.code != -signal.SIGKILL:
-        raise DataError(f"expected exit codes 0 and {-signal.SIGKILL}; got {first.code} and {killed.code}")
+    if killed.code != -signal.SIGKILL or not resumed.is_file():
+        raise DataError(f"expected a kill after the first save, exit code {-signal.SIGKILL}; got {killed.code}")
     at = _frames(resumed)
     last = watch([*settings, "--resume", str(resumed)], resumed)
+    if last.code:
+        raise DataError(f"going on after the kill ended with exit code {last.code}")
     result = {
         "video_seconds": frames / config.frames_per_second,
         "video_frames": frames,

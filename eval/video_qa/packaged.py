@@ -25,7 +25,7 @@ def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[QAClip]:
     manifest = folder / "manifest.json"
     try:
         entries = json.loads(manifest.read_text())["clips"]
-        return [
+        clips = [
             QAClip(
                 path=folder / entry["file"],
                 seed=entry["seed"],
@@ -35,6 +35,11 @@ def packaged_clips(folder: Path = PACKAGED_VIDEOS) -> list[QAClip]:
             )
             for entry in entries
         ]
+        if bad := [q for clip in clips for q in clip.questions if q.answer not in range(len(q.options))]:
+            raise KeyError(f"answer {bad[0].answer!r} of the {len(bad[0].options)} options of {bad[0].text!r}")
+        if not clips or len({clip.path.stem for clip in clips}) < len(clips):
+            raise KeyError("no clips, or two of one name")
+        return clips
     except FileNotFoundError as error:
         raise DataError(f"no manifest of packaged clips at {manifest}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:

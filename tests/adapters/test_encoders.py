@@ -324,6 +324,26 @@ def test_a_layer_with_several_rows_per_input_cannot_carry_a_population() -> None
         output(adapted, inputs)
 
 
+def test_attention_among_channels_is_refused() -> None:
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=96, depth=2, num_classes=3).eval()
+    with (
+        adapt(model, policy("h2o", budget=0.5), 16) as host,
+        pytest.raises(UnsupportedModelError, match="XCA was given 36 tokens and attends among 32 of something else"),
+    ):
+        host(torch.rand(1, 3, 96, 96))
+
+
+@pytest.mark.parametrize("build", [timesformer, timesformer_joint, vivit, timm_vit])
+def test_a_call_of_the_model_itself_is_not_evicted(build: Callable) -> None:
+    model, inputs = build()
+    with torch.no_grad(), adapt(model, policy("h2o", budget=0.3), 16) as host:
+        first = output(model, inputs)
+        host(**inputs)
+        passes = {module: len(done) for module, done in host.memory.layers.items()}
+        assert torch.equal(output(model, inputs), first)
+        assert {module: len(done) for module, done in host.memory.layers.items()} == passes
+
+
 def test_restored_after_an_error() -> None:
     for build, _ in HOSTS.values():
         model, inputs = build()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from namm_transfer import adapt
+from namm_transfer import adapt, policy
 from namm_transfer.adapters.video_memory import VideoMemory
 from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 
@@ -247,6 +247,15 @@ def test_wrong_inputs_are_named() -> None:
                 host.generate(**{"memory": memory} | inputs)
     with adapt(video_llm("gemma3"), evictor(), INTERVAL) as host, pytest.raises(ConfigError, match="marks="):
         host.remember([frames])
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+def test_several_answers_a_row_are_refused(name: str) -> None:
+    model = video_llm("llava-next-video")
+    with adapt(model, policy("full"), 16) as host:
+        memory = host.remember([torch.rand(4, 3, 32, 32)])
+        with pytest.raises(ConfigError, match=f"{name} is 2: a memory is asked for one answer a row"):
+            host.generate(input_ids=torch.tensor([[5, 6]]), memory=memory, max_new_tokens=2, **{name: 2})
 
 
 def test_files_of_something_else_are_refused(tmp_path) -> None:

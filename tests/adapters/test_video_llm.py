@@ -9,6 +9,8 @@ from torch import Tensor
 from namm_transfer import adapt, policy
 from namm_transfer.adapters.causal_lm import CausalLMHost
 from namm_transfer.adapters.video_llm import VideoLLMHost, vision_towers
+from namm_transfer.attention import AttentionOptions
+from namm_transfer.encoder import EncoderMemory
 from namm_transfer.errors import CacheError, ConfigError
 
 from . import checks
@@ -140,6 +142,24 @@ def test_a_call_without_pixels_leaves_the_tower_alone() -> None:
         host(input_ids=prompt(1, 50))
         with pytest.raises(CacheError, match="no call with images or videos"):
             host.vision_stats()
+
+
+def test_pixels_that_are_none_leave_the_tower_alone() -> None:
+    with adapt(video_llm("llava"), evictor(), INTERVAL, vision=evictor("h2o")) as host:
+        host(input_ids=prompt(1, 50), pixel_values=None)
+        assert host.vision_memory is None
+
+
+@pytest.mark.parametrize("frames", [4, 5, 6])
+def test_images_and_videos_in_one_call_are_one_input_of_the_tower(frames: int) -> None:
+    module = torch.nn.Identity()
+    memory = EncoderMemory(evictor("h2o"), 16, {module: 0})
+    for rows in (3, frames):
+        query = torch.randn(rows, 2, 40, 8, generator=torch.Generator().manual_seed(rows))
+        memory.attend(module, query, query, query, None, AttentionOptions())
+    stats = memory.stats()
+    assert stats.seen == [3 * 40] and len(stats.retained) == 2
+    assert 0 < stats.kept_fraction < 1
 
 
 def test_towers_are_found_by_structure() -> None:

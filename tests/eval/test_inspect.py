@@ -12,10 +12,10 @@ from rich.console import Console
 
 from namm_transfer import policy
 from namm_transfer.errors import ConfigError, VideoError
-from namm_transfer.eval.inspect import inspect, picture
+from namm_transfer.eval.inspect import _rate, inspect, picture
 from namm_transfer.eval.inspect_page import write_page
 from namm_transfer.eval.lighting import scaled, write_lit_mp4
-from namm_transfer.eval.video import decode
+from namm_transfer.eval.video import decode, write_mp4
 from namm_transfer.eval.video_classification.host import ARCHITECTURES
 
 
@@ -137,3 +137,15 @@ def test_bad_clips_and_counts_are_refused(motion, tmp_path):
         with pytest.raises(kind, match=message):
             inspect(config(motion, "Motion", **change), tmp_path / "out", console)
     assert not (tmp_path / "out").exists()
+
+
+def test_frames_of_one_time_have_a_rate():
+    assert _rate(np.zeros(5)) == _rate(np.zeros(1)) == 1.0
+    assert _rate(np.arange(9) / 4) == 4.0
+    assert _rate(np.array([0.0, 0.1, 100.0])) == 1.0
+
+
+def test_a_video_too_short_for_a_decision_is_refused(qa, tmp_path):
+    write_mp4(tmp_path / "short.mp4", np.zeros((10, 64, 64, 3), np.uint8), 8)
+    with pytest.raises(ConfigError, match="'streaming' took no decision: the video has 160 tokens"):
+        qa.retained(decode(tmp_path / "short.mp4").frames, policy("streaming", budget=0.1))

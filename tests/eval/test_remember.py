@@ -60,7 +60,7 @@ def test_the_packaged_host_answers_as_in_the_evaluation(run):
         assert "remembered 64 frames, up to 0:00:03.938" in result.output
 
 
-def test_an_interrupted_memory_is_resumed_to_the_same_memory(run, video, tmp_path, monkeypatch):
+def test_an_interrupted_memory_is_resumed_to_the_same_memory(run, video, tmp_path, monkeypatch, tiny_hosts):
     assert run(video, "--save", "whole.safetensors", "policy.budget=64").exit_code == 0
     watched = module._pixels
     calls = []
@@ -87,6 +87,9 @@ def test_an_interrupted_memory_is_resumed_to_the_same_memory(run, video, tmp_pat
     assert "What came first?\n  -> " in asked.output
     other = run(video, "--resume", "part.safetensors", "policy.budget=64", "fps=2")
     assert (other.exit_code, "is the memory of {'video': 'two clips.mp4'" in other.output) == (2, True)
+    other = [f"policy.namm={tiny_hosts / 'namm'}", "policy.budget=64"]
+    foreign = run(video, "--resume", "part.safetensors", *other, packaged=True)
+    assert (foreign.exit_code, "is the memory of" in foreign.output) == (2, True)
     policy_ = run(video, "--resume", "part.safetensors", "policy.budget=65")
     assert (policy_.exit_code, "was saved under the policy" in policy_.output) == (2, True)
 

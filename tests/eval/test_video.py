@@ -77,6 +77,18 @@ def test_selections(mp4: Path, selection: dict, indices: list[int]) -> None:
         {"indices": [64]},
         {"indices": []},
         {"fps": 1.0, "num_frames": 2},
+        {"num_frames": 2.5},
+        {"num_frames": "3"},
+        {"at_most": 2.0},
+        {"at_most": 0},
+        {"fps": "2"},
+        {"indices": ["a"]},
+        {"indices": 3},
+        {"indices": [1.7]},
+        {"indices": [[0, 1]]},
+        {"indices": [[0], [1, 2]]},
+        {"timestamps": ["x"]},
+        {"timestamps": 1.0},
     ],
 )
 def test_selection_out_of_range(mp4: Path, selection: dict) -> None:
@@ -125,3 +137,9 @@ def test_unwritable_frames(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(VideoError):
         write_mp4(tmp_path / "bad.mp4", frames, FPS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_rate_that_is_none(tmp_path: Path, fps: float) -> None:
+    with pytest.raises(VideoError, match="expected a positive number of frames a second"):
+        write_mp4(tmp_path / "bad.mp4", np.zeros((2, 8, 8, 3), np.uint8), fps)

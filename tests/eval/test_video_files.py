@@ -250,3 +250,39 @@ def test_few_frames_of_a_long_file_are_sought(folder: Path, monkeypatch) -> None
     np.testing.assert_array_equal(decode(folder / "plain.mp4", indices=[20, 3]).frames, whole[[20, 3]])
     with pytest.raises(pytest.fail.Exception, match="read in order"):
         decode(folder / "plain.mp4", num_frames=12)
+
+
+def test_all_frames_of_a_file_with_no_more_than_at_most(tmp_path: Path) -> None:
+    """Forty frames, of which all but the last lie within two seconds: a choice by time would repeat some."""
+    times = [*np.linspace(0, 2, 39).tolist(), 100.0]
+    write(tmp_path / "tail.mp4", scene(40), times=times)
+    video = decode(tmp_path / "tail.mp4", at_most=64)
+    assert len(video.frames) == 40 and (np.diff(video.timestamps) > 0).all()
+    np.testing.assert_array_equal(video.frames, decode(tmp_path / "tail.mp4").frames)
+    assert len(decode(tmp_path / "tail.mp4", at_most=8).frames) == 8
+
+
+def test_a_size_that_changes_within_a_file_is_told(tmp_path: Path) -> None:
+    parts = [tmp_path / f"{side}.h264" for side in (64, 96)]
+    for part, side in zip(parts, (64, 96), strict=True):
+        write(part, scene(5, side, side))
+    both = tmp_path / "both.h264"
+    both.write_bytes(b"".join(part.read_bytes() for part in parts))
+    for batch in (4, 6):
+        with (
+            pytest.raises(VideoError, match=r"both\.h264: frame 5 is 96 x 96, those before are 64 x 64"),
+            stream(both, batch=batch) as frames,
+        ):
+            list(frames)
+    with pytest.raises(VideoError, match="frame 5 is 96 x 96"):
+        decode(both)
+
+
+def test_an_mp4_that_lost_its_last_frames_between_packets_is_truncated(tmp_path: Path, long: dict[str, bytes]) -> None:
+    whole = tmp_path / "whole.mp4"
+    whole.write_bytes(long["mp4"])
+    with av.open(str(whole)) as container:
+        ends = [p.pos + p.size for p in container.demux(video=0) if p.size]
+    (tmp_path / "cut.mp4").write_bytes(long["mp4"][: ends[-4]])
+    with pytest.raises(VideoError, match=r"cut\.mp4: truncated"):
+        decode(tmp_path / "cut.mp4")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,8 @@ def test_the_packaged_host_gets_its_own_prompt():
     question = packaged_clips()[0].questions[0]
     asked = [{"role": "user", "content": [ASKED[0]["content"][0], {"type": "text", "text": question.suffix()}]}]
     assert reader.encode(asked, [video()]).prompt == question.prompt()
+    wide = replace(video(), frames=np.zeros((10, 48, 80, 3), np.uint8))
+    assert reader.encode(asked, [wide]).inputs["pixel_values_videos"].shape == (1, 10, 3, 64, 64)
     with pytest.raises(DataError, match="one video and then one text; got text"):
         reader.encode([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])
 
