@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from namm_transfer.adapters.video_encoder import EncoderHost
 from namm_transfer.attention import AttentionOptions, expecting
+from namm_transfer.encoder import EncoderMemory
 
 __all__ = ["TimesformerHost"]
 
@@ -46,8 +47,8 @@ class TimesformerHost(EncoderHost):
             module.__dict__.pop("forward", None)
 
     def _forward(self, module: Any, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-        memory = self.memory
-        if memory is None or expecting.get() is not memory:  # a call of the model itself
+        memory = expecting.get()
+        if not isinstance(memory, EncoderMemory) or memory is not self.memory:  # a call of the model itself
             return type(module).forward(module, hidden_states, output_attentions)
         rows, count, width = hidden_states.shape
         qkv = module.qkv(hidden_states).view(rows, count, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)

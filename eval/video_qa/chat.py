@@ -61,12 +61,9 @@ class Frames:
         Raises:
             VideoError: the file cannot be decoded.
         """
-        if not isinstance(self.num_frames, int):
-            return decode(path, fps=self.fps)
-        try:
-            return decode(path, num_frames=self.num_frames)
-        except ConfigError:  # the video has fewer
-            return decode(path)
+        if isinstance(self.num_frames, int):
+            return decode(path, at_most=self.num_frames)
+        return decode(path, fps=self.fps)
 
 
 @dataclass(frozen=True)
