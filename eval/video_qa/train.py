@@ -24,7 +24,7 @@ from transformers import LlavaNextVideoForConditionalGeneration
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.video import through_mp4
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
-from namm_transfer.eval.video_qa.clips import FPS
+from namm_transfer.eval.video_qa.clips import FPS, FRAMES
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
     build_model,
@@ -62,6 +62,13 @@ _SUITE = (
     Stage("frames", steps=1500, batch=64, learning_rate=1.5e-3),
     Stage("video", steps=1500, batch=4, learning_rate=6e-4, frames=64),
 )
+FIGURES = {
+    "questions": ("frame", "word"),
+    "options": ("frame", "word", "answer"),
+    "frames": ("error", "read"),
+    "video": ("frame", "word", "answer"),
+}
+"""The kinds of stages, and the figures that each is followed by."""
 MATERIALS: dict[str, tuple[Material[Any], tuple[Stage, ...], Callable[..., Any]]] = {
     "shapes": (Shapes(), _SHAPES, held_out_accuracy),
     "suite": (Suite(), _SUITE, suite_accuracy),
@@ -90,6 +97,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.material not in MATERIALS:
             raise ConfigError(f"material is {self.material!r}; expected one of {', '.join(MATERIALS)}")
+        for number, stage in enumerate(self.stages or ()):
+            if stage.name not in FIGURES:
+                raise ConfigError(f"stages[{number}].name is {stage.name!r}; expected one of {', '.join(FIGURES)}")
+            if stage.goal is not None and stage.figure not in FIGURES[stage.name]:
+                known = ", ".join(FIGURES[stage.name])
+                raise ConfigError(f"stages[{number}].figure is {stage.figure!r}; expected one of {known}")
+            if stage.name != "frames" and (stage.frames < 1 or FRAMES % stage.frames):
+                raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected a divisor of {FRAMES}")
 
 
 def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
@@ -113,14 +128,15 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         if processor.tokenizer.get_vocab() != lessons.tokenizer.get_vocab():
             raise CheckpointError(f"{config.start} knows other words than the questions of {config.material!r}")
         lessons.model.load_state_dict(host.state_dict())
-        before = {"before": json.loads((Path(config.start) / "training.json").read_text())}
+        record = Path(config.start) / "training.json"
+        before = {"before": json.loads(record.read_text())} if record.is_file() else {}
         settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
     for number, stage in enumerate(config.stages or ()):
         parameters, loss_at = lessons.stage(number, stage)
         trainer.run(number, stage, parameters, loss_at)
     save_host(lessons.model, out_dir, lessons.tokenizer)
-    record = {
+    told = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(config),
         "seconds": round(trainer.seconds),
@@ -129,7 +145,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         "history": trainer.history,
         **before,
     }
-    (out_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out_dir / "training.json").write_text(json.dumps(told, indent=1) + "\n")
     (out_dir / "checkpoint.pt").unlink()
     return load_host(out_dir)[0]
 

@@ -98,6 +98,14 @@ def test_a_host_is_trained_in_stages_saved_and_gone_on_from(tmp_path, material) 
 def test_a_start_that_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="material is 'forms'; expected one of shapes, suite"):
         TrainConfig(material="forms")
+    for change, message in (
+        ({"name": "foo"}, r"stages\[0\].name is 'foo'; expected one of questions"),
+        ({"frames": 40}, r"stages\[0\].frames is 40; expected a divisor of 64"),
+        ({"goal": 0.5, "figure": "accuracy"}, r"stages\[0\].figure is 'accuracy'; expected one of frame, word, answer"),
+    ):
+        stage = {"name": "video", "steps": 1, "batch": 1, "learning_rate": 1e-3, "frames": 64} | change
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(stages=(Stage(**stage),))
     with pytest.raises(CheckpointError, match="no model.safetensors"):
         train(TrainConfig(start=str(tmp_path)), tmp_path / "out")
     with pytest.raises(CheckpointError, match="knows other words than the questions of 'suite'"):

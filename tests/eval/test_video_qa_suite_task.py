@@ -22,6 +22,8 @@ from namm_transfer.eval.video_qa.suite.files import HELD_OUT, write_clips
 from namm_transfer.eval.video_qa.suite.questions import FAMILIES
 from namm_transfer.eval.video_qa.suite.task import SuiteQA
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*read alike to the host", "ignore:.*the host was made for")
+
 
 @pytest.fixture
 def suite(tiny_hosts: Path) -> SuiteQA:
@@ -37,6 +39,14 @@ def test_a_few_questions_cover_the_families(suite: SuiteQA) -> None:
     assert all(o.kept_at_updates == pytest.approx(0.25, abs=0.01) and o.score in (0.0, 1.0) for o in outcomes)
     (alone,) = suite.evaluate(units[3:4], policy("h2o", budget=0.25), 0)
     assert alone == outcomes[3]
+
+
+def test_what_the_host_cannot_read_is_told(suite: SuiteQA) -> None:
+    with pytest.warns(UserWarning, match=r"of 32 questions \d+ have options that read alike to the host"):
+        list(suite.evaluate(suite.units(0)[:1], policy("full"), 0))
+    long = replace(suite, frames=1024, clips=1, questions=1)
+    with pytest.warns(UserWarning, match="1024 frames are 16384 tokens, but the host was made for 4096"):
+        next(iter(long.evaluate(long.units(0), policy("full"), 0)))
 
 
 def test_only_the_clips_that_are_asked_for_are_drawn(suite: SuiteQA) -> None:

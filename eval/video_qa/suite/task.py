@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.provenance import digest
-from namm_transfer.eval.task import check_settings
+from namm_transfer.eval.task import Outcome, Unit, check_settings
 from namm_transfer.eval.video_qa.evaluate import QAClip
+from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME
 from namm_transfer.eval.video_qa.questions import Question
 from namm_transfer.eval.video_qa.suite.clips import SuiteClip, make_clip
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, file_of, read_clips, truth, write_clip
@@ -39,6 +42,26 @@ class SuiteQA(ShapesQA):
         self._make(HELD_OUT.start)  # refuses settings out of range
         clips = len(HELD_OUT) if self.videos == DRAWN else len(self._clips)
         check_settings(self, self._packaged, clips=clips, questions=PER_FAMILY * len(set(self.families)))
+
+    def evaluate(self, units: Sequence[Unit], policy: Any, seed: int) -> Iterator[Outcome]:
+        """Clip by clip; warns of questions that the host cannot read, which count all the same."""
+        model, processor = self._host
+        asked = [question for clip in self._clips.values() for question in clip.questions]
+        alike = sum(_alike(processor.tokenizer, question) for question in asked)
+        if alike:
+            warnings.warn(
+                f"{self.name}: of {len(asked)} questions {alike} have options that read alike to the host: it does not "
+                "know their words",
+                stacklevel=2,
+            )
+        positions = model.config.get_text_config().max_position_embeddings
+        tokens = self.frames * TOKENS_PER_FRAME
+        if tokens > positions:
+            warnings.warn(
+                f"{self.name}: {self.frames} frames are {tokens} tokens, but the host was made for {positions}",
+                stacklevel=2,
+            )
+        yield from super().evaluate(units, policy, seed)
 
     def inputs(self) -> dict[str, str]:
         """Digests of the host and of the clips: where they are drawn, of all that is true of them."""
@@ -73,3 +96,9 @@ class SuiteQA(ShapesQA):
     def _drawn(self) -> TemporaryDirectory[str]:
         """Goes with the task."""
         return TemporaryDirectory(prefix="namm-transfer-")
+
+
+def _alike(tokenizer: Any, question: Question) -> bool:
+    """Whether any two options of a question are the same tokens."""
+    read = tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
+    return len({tuple(ids) for ids in read}) < len(question.options)
