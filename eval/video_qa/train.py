@@ -3,6 +3,7 @@
 1. *questions*, *options*: the text decoder answers about symbolic frames, one embedding a frame made of words.
 2. *frames*: the vision tower and the projector learn to turn pixels into those same embeddings.
 3. *video*: the text decoder and the projector answer about real frames, few at first, then all 64.
+4. *whole*: everything does, so that the tower learns to tell what questions search for.
 
 Clips are drawn on the fly from seeds that no other split uses, and go through mp4 before the tower sees them.
 """
@@ -67,6 +68,7 @@ FIGURES = {
     "options": ("frame", "word", "answer"),
     "frames": ("error", "read"),
     "video": ("frame", "word", "answer"),
+    "whole": ("frame", "word", "answer"),
 }
 """The kinds of stages, and the figures that each is followed by."""
 MATERIALS: dict[str, tuple[Material[Any], tuple[Stage, ...], Callable[..., Any]]] = {
@@ -181,6 +183,7 @@ class _Lessons:
             "options": ([*decoder, self.symbols], self._symbolic),
             "frames": ([parts.vision_tower, parts.multi_modal_projector, self.tower_heads], self._frames),
             "video": ([*decoder, parts.multi_modal_projector], self._video),
+            "whole": ([*decoder, parts.multi_modal_projector, parts.vision_tower], self._video),
         }[stage.name]
 
         def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -198,7 +201,7 @@ class _Lessons:
     def _video(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clips, frames = self.material.clips(rng, stage.batch), self.material.frames(rng, stage.frames)
         pixels = [pixel_values(through_mp4(self.material.render(clip), FPS)[frames]) for clip in clips]
-        visual = visual_features(self.model, torch.stack(pixels))
+        visual = visual_features(self.model, torch.stack(pixels), frozen=stage.name != "whole")
         return self._answer(visual, self.material.frame_truth(clips, frames), clips, rng, options=True)
 
     def _answer(
