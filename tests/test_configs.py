@@ -11,6 +11,7 @@ from namm_transfer import configs
 from namm_transfer.configs import compose, flatten, nearest
 from namm_transfer.configs.settings import from_overrides
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval.offline_rl.host import packaged_hosts
 from namm_transfer.eval.offline_rl.hub import hub_hosts
 from namm_transfer.policies import names, policy
 
@@ -38,6 +39,15 @@ def test_the_main_job_compares_every_policy_at_the_matched_budget():
     assert {task.name for task in config.tasks.values()} == {*TASKS} - others
     for column, settings in config.policies.items():
         assert settings.name == ("namm" if column == "namm_threshold" else column)
+
+
+def test_every_task_of_v5_has_its_host():
+    named = {task.removeprefix("offline_rl/v5/") for task in TASKS if task.startswith("offline_rl/v5/")}
+    assert len(named) == 9
+    for name in named:
+        environment, data = name.split("-", 1)
+        path = compose("eval", [f"task=offline_rl/v5/{name}", "policy=full"]).task.model.path
+        assert path == f"{environment}-v5-{data}" and path in packaged_hosts()
 
 
 def test_the_main_job_reads_one_namm_by_rank_and_by_threshold():

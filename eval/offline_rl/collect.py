@@ -97,7 +97,12 @@ def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
     settings = json.loads(json.dumps(asdict(config) | {"policy": digest(config.policy)}))  # tuples are lists there
     if _is_there(config.dataset):
         found = open_minari(config.dataset).storage.metadata.get(RECORD)
-        stored = json.loads(found) if isinstance(found, str) else {}
+        if not isinstance(found, str):
+            raise ConfigError(
+                f"the Minari data set {config.dataset!r} is there, collected by others or cut off while it was "
+                "written; give another id, or delete it (minari delete ID)"
+            )
+        stored = json.loads(found)
         if stored != settings:
             changed = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
             raise ConfigError(
