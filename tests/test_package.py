@@ -56,7 +56,7 @@ def test_packaged_files_are_there() -> None:
         assert (assets / "hosts" / host / "model.safetensors").is_file(), host
     assert len(list((assets / "videos").rglob("*.mp4"))) >= 40
     assert (configs / "transfer.yaml").is_file()
-    assert sum(f.stat().st_size for f in (assets / "hosts").rglob("*") if f.is_file()) < 26e6  # with nine more of 1.7e6
+    assert sum(f.stat().st_size for f in (assets / "hosts").rglob("*") if f.is_file()) < 30e6  # ten of 1.7e6 play
 
 
 @pytest.mark.parametrize("room", ROOMS)
