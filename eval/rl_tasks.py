@@ -29,6 +29,8 @@ __all__ = ["Episodes"]
 FIRST_SEED = 40_000_000
 """No episode of the training data or of the measurements made in training has these seeds."""
 SEEDS = 10_000
+ROWS = 128
+"""Episodes that are played at once: what memories are held together, and what an interruption costs at most."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,17 @@ class Episodes:
         return {"host": digest(self._folder)}
 
     def evaluate(self, units: Sequence[Unit], policy: Policy | str, seed: int) -> Iterator[Outcome]:
-        """All episodes at once, one a row; each as soon as it ends.
+        """Up to `ROWS` episodes at once, one a row; each as soon as it ends.
 
         Raises:
             ConfigError: the environment's observations or actions have other sizes than the host's.
             DataError: an observation is not finite, or an episode ended at its first step; what had finished is kept.
         """
+        for first in range(0, len(units), ROWS):
+            yield from self._play(units[first : first + ROWS], policy)
+
+    def _play(self, units: Sequence[Unit], policy: Policy | str) -> Iterator[Outcome]:
+        """All episodes at once, as `evaluate`."""
         model, normalisation = self._host
         by_seed = {int(unit.id): (row, unit) for row, unit in enumerate(units)}
         with ExitStack() as stack:

@@ -163,6 +163,17 @@ def test_minari_data_sets_give_the_same_type(minari: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_minari_data_set_tells_its_environment(minari: Any) -> None:
+    from namm_transfer.eval.offline_rl.sources import check_environment
+
+    collect(minari, "namm/pendulum-v0", (3.0,))
+    episodes = read_episodes("minari:namm/pendulum-v0")
+    check_environment("minari:namm/pendulum-v0", episodes, ENV_ID)
+    with pytest.raises(DataError, match="episodes of InvertedPendulum-v5; expected InvertedPendulum-v4"):
+        check_environment("minari:namm/pendulum-v0", episodes, "InvertedPendulum-v4")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_minari_references_are_of_their_environment_only(minari: Any) -> None:
     from namm_transfer.eval.offline_rl.minari_data import minari_references
     from namm_transfer.eval.offline_rl.scores import score_percent

@@ -100,6 +100,19 @@ def test_each_episode_is_measured_when_it_ends_whatever_the_others_do(episodes):
     assert all(0.4 < o.kept_at_updates < 0.6 for o in together.values())
 
 
+def test_many_episodes_are_played_some_at_a_time(episodes, monkeypatch):
+    from namm_transfer.eval import rl_tasks
+
+    rule, opened = policy("streaming", budget=0.5), []
+    together = list(episodes.evaluate(episodes.units(0), rule, 0))
+    monkeypatch.setattr(rl_tasks, "ROWS", 2)
+    plain = rl_tasks.make_envs
+    monkeypatch.setattr(rl_tasks, "make_envs", lambda env_id, rows: opened.append(rows) or plain(env_id, rows))
+    apart = list(episodes.evaluate(episodes.units(0), rule, 0))
+    assert opened == [2, 1]
+    assert {o.unit: o.detail["length"] for o in apart} == {o.unit: o.detail["length"] for o in together}
+
+
 def test_an_episode_that_ends_before_a_decision_has_no_kept_fraction_at_updates(episodes):
     """A rule that is to match must not be given a memory that nothing was evicted from."""
     long = replace(episodes, model=episodes.model | {"update_interval": 4096})
