@@ -56,7 +56,6 @@ _SHAPES = (
     Stage("video", steps=1500, batch=4, learning_rate=1e-3, frames=16, goal=0.86, figure="answer"),
     Stage("video", steps=400, batch=4, learning_rate=5e-4, frames=32, goal=0.90, figure="answer"),
     Stage("video", steps=300, batch=4, learning_rate=6e-4, frames=64),
-    Stage("video", steps=800, batch=4, learning_rate=6e-4, frames=64),
 )
 _SUITE = (
     Stage("options", steps=12000, batch=8, learning_rate=1e-3, frames=64, goal=0.92, figure="answer"),
@@ -75,7 +74,7 @@ MATERIALS: dict[str, tuple[Material[Any], tuple[Stage, ...], Callable[..., Any]]
     "shapes": (Shapes(), _SHAPES, held_out_accuracy),
     "suite": (Suite(), _SUITE, suite_accuracy),
 }
-"""What a host may be taught with, the stages by which the packaged one was, and how it is examined."""
+"""What a host may be taught with, in which stages (those of `shapes` made the packaged one), how it is examined."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import LlavaNextVideoForConditionalGeneration
 
-from namm_transfer.eval.video_qa.evaluate import accuracy_by_family
+from namm_transfer.eval.video_qa.evaluate import QAClip, accuracy_by_family
 from namm_transfer.eval.video_qa.host import VideoQAProcessor
 from namm_transfer.eval.video_qa.suite.clips import FRAMES, make_clip
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, file_of, write_clip
@@ -22,7 +22,7 @@ def held_out_accuracy(
     begins with the first."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def written(seed: int):  # type: ignore[no-untyped-def]
+        def written(seed: int) -> QAClip:
             clip = make_clip(seed, FRAMES[0], REDUNDANCY)
             file = file_of(clip, Path(folder))
             write_clip(clip, file.path)
