@@ -181,8 +181,9 @@ class DecisionTransformerHost(Host):
                 f"reset_rows needs numbers of its {len(self._ages)} rows, each once, or a mask of bool (not of 0 and "
                 f"1); got {rows!r}"
             )
-        self._to_go[torch.from_numpy(chosen.astype(np.int64))] = self._wanted(len(chosen), target_return)
-        cache.clear_rows(torch.from_numpy(chosen.astype(np.int64)))
+        index = torch.from_numpy(chosen.astype(np.int64))
+        self._to_go[index] = self._wanted(len(chosen), target_return)
+        cache.clear_rows(index)
         self._ages[chosen] = 0
 
     def act(self, observation: Any, reward: Any = None) -> Any:
@@ -291,8 +292,8 @@ class DecisionTransformerHost(Host):
             raise DataError(
                 f"expected a finite target_return, one or one for each of {rows} rows; got {target_return!r}"
             )
-        scaled = np.broadcast_to(wanted / self.normalisation.return_scale, (rows,)).astype(np.float32)
-        return torch.from_numpy(scaled.copy()).to(self.model.device)
+        scaled = np.full(rows, wanted / self.normalisation.return_scale, np.float32)
+        return torch.from_numpy(scaled).to(self.model.device)
 
     def _numbers(self, name: str, value: Any) -> Tensor:
         """What an environment gave, as float32."""

@@ -84,7 +84,7 @@ def remember(
             saver.write(memory)
             raise
         saver.write(memory)
-        _report(memory, policy, model.config.get_text_config().max_position_embeddings, console)
+        _report(memory, model.config.get_text_config().max_position_embeddings, console)
         return [_answer(host, processor, memory, question, config["max_new_tokens"], console) for question in questions]
 
 
@@ -123,17 +123,16 @@ def _pixels(frames: Any) -> torch.Tensor:
     return pixel_values(fit(frames, SIDE))
 
 
-def _report(memory: VideoMemory, policy: Policy, positions: int, console: Console) -> None:
+def _report(memory: VideoMemory, positions: int, console: Console) -> None:
     stats, until = memory.stats(), memory.timestamp
     at = "" if until is None else f", up to {int(until) // 3600}:{int(until) // 60 % 60:02}:{until % 60:06.3f}"
     console.print(
         f"remembered {memory.frames} frames{at}: {stats.kept_fraction:.2%} of {stats.seen[0]} tokens, "
         f"{stats.bytes['total'] / 2**20:.2f} MiB"
     )
-    if policy.evicts and not stats.updates:
-        console.print(
-            f"[yellow]nothing was evicted: a decision is taken every {memory.cache.update_interval} tokens[/]"
-        )
+    cache = memory.cache
+    if cache.policy.evicts and not stats.updates:
+        console.print(f"[yellow]nothing was evicted: a decision is taken every {cache.update_interval} tokens[/]")
     if stats.seen[0] > positions:
         console.print(f"[yellow]beyond the {positions:,} positions that the host was trained on: trust no answer[/]")
 

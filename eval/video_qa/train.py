@@ -120,7 +120,8 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     torch.set_num_threads(config.threads)
     out_dir.mkdir(parents=True, exist_ok=True)
     material, usual, examine = MATERIALS[config.material]
-    config = replace(config, stages=config.stages or usual)
+    stages = config.stages or usual
+    config = replace(config, stages=stages)
     lessons = _Lessons(config, material)
     settings: dict[str, Any] = {key: getattr(config, key) for key in ("seed", "material", "questions_per_clip")}
     before = {}
@@ -133,7 +134,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         before = {"before": json.loads(record.read_text())} if record.is_file() else {}
         settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
-    for number, stage in enumerate(config.stages or ()):
+    for number, stage in enumerate(stages):
         parameters, loss_at = lessons.stage(number, stage)
         trainer.run(number, stage, parameters, loss_at)
     save_host(lessons.model, out_dir, lessons.tokenizer)
