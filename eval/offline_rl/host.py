@@ -187,9 +187,10 @@ def _find_normalisation(
 
 def _check_card(card: Path, known: HubHost) -> None:
     """Raise CheckpointError if a folder's card tells of another host than the one it is said to hold."""
-    if not card.is_file() or (environment := _environment(card)) is None:
+    text = card.read_text(encoding="utf-8").lower() if card.is_file() else ""
+    if (environment := _environment(text)) is None:
         return
-    data = re.search(r"trained on (\S+) trajectories", card.read_text(encoding="utf-8").lower())
+    data = re.search(r"trained on (\S+) trajectories", text)
     name = f"{environment}-{data[1]}" if data else environment
     if name not in (known.name, known.name.split("-")[0]):
         raise CheckpointError(f"{card} is of {name}, but model.host names {known.name}")
@@ -203,7 +204,7 @@ def _of_hub(host: HubHost) -> Normalisation:
 
 def _like(card: Path) -> HubHost:
     """A known host of the environment that a card names: what a card does not tell is common to all of them."""
-    if (environment := _environment(card)) is not None:
+    if (environment := _environment(card.read_text(encoding="utf-8").lower())) is not None:
         return hub_host(f"{environment}-medium")
     raise CheckpointError(
         f"{card} does not tell its environment (Gym Hopper, HalfCheetah or Walker2d); give all numbers as "
@@ -211,6 +212,6 @@ def _like(card: Path) -> HubHost:
     )
 
 
-def _environment(card: Path) -> str | None:
-    text = card.read_text(encoding="utf-8").lower()
+def _environment(text: str) -> str | None:
+    """The environment that a card's text in small letters names."""
     return next((name for name in ("hopper", "halfcheetah", "walker2d") if f"gym {name}" in text), None)
