@@ -18,7 +18,19 @@ from transformers import PreTrainedModel
 
 from namm_transfer.adapters.causal_lm import CausalLMHost, by_name
 from namm_transfer.adapters.video_encoder import attention_modules, special_tokens
-from namm_transfer.adapters.video_memory import FrameLayout, VideoMemory, encode, find_layout
+from namm_transfer.adapters.video_grid import batch_positions, behind_video, go_on_at, has_grid
+from namm_transfer.adapters.video_memory import VideoMemory, encode, find_layout, vision_inputs
+from namm_transfer.adapters.video_steps import (
+    FrameLayout,
+    Marks,
+    TimedMarks,
+    check_steps,
+    fixed_marks,
+    read_frames,
+    read_patches,
+    settled_marks,
+    steps_marks,
+)
 from namm_transfer.encoder import EncoderMemory
 from namm_transfer.errors import CacheError, ConfigError
 from namm_transfer.layer import check_interval
@@ -101,7 +113,7 @@ class VideoLLMHost(CausalLMHost):
         *,
         memory: VideoMemory | None = None,
         before: Sequence[int] | Tensor | None = None,
-        marks: Sequence[Sequence[int]] = ((), ()),
+        marks: Sequence[Sequence[int]] | TimedMarks = ((), ()),
         preprocess: Callable[[Any], Any] | None = None,
         total: int | None = None,
         after_batch: Callable[[VideoMemory], None] | None = None,
@@ -113,9 +125,12 @@ class VideoLLMHost(CausalLMHost):
         Args:
             batches: the frames in order, from a file (``stream``), a camera, a list: pixel values [n, C, S, S] as the
                 model takes them, or what ``preprocess`` makes into such; or pairs of those and their timestamps [n].
+                Models that place tokens on a grid (the Qwen-VLs) take what their video processor returns for a
+                batch: patches and ``video_grid_thw`` (and ``second_per_grid_ts``), the same size throughout.
             memory: go on with this memory, in place; by default a new one begins.
             before: token ids of the prompt in front of the video.
-            marks: token ids that stand before and after each frame, as in the prompts of models of images.
+            marks: token ids that stand before and after each frame, as in the prompts of models of images; or, as in
+                those of Qwen3-VL, a function that gives them by the time in seconds.
             preprocess: makes pixel values of the frames of one batch, as a model's video processor does.
             total: frames to come, if known: shows a progress bar.
             after_batch: called after each batch with the memory, e.g. to save it.
@@ -125,26 +140,32 @@ class VideoLLMHost(CausalLMHost):
             ConfigError: a batch is of another shape than frames or than those before, or settings do not fit.
         """
         memory = VideoMemory(self.new_cache()) if memory is None else memory
+        told = marks if callable(marks) else fixed_marks(marks)
         if before is not None:
             if memory.cache.get_seq_length():
                 raise ConfigError("before belongs in front of the video; this memory has begun already")
             start = {"input_ids": self._ids(before, "before"), "past_key_values": memory.cache}
             self._run(self.model, start | self._one_logit)
-        if memory.layout is not None and any(marks):
-            raise ConfigError(f"marks are settled with the first frame: {memory.layout.marks}; leave them out to go on")
+            memory.position = memory.cache.get_seq_length()
+        if memory.layout is not None:
+            told = settled_marks(memory.layout, told)
+        read = read_patches if has_grid(self.model) else read_frames
         with Progress(*Progress.get_default_columns(), disable=total is None, transient=True) as bar:
             task = bar.add_task("remembering", total=total)
             for batch in batches:
                 frames, times = batch if isinstance(batch, tuple) else (batch, ())
-                pixels = _pixels(frames if preprocess is None else preprocess(frames))
-                if not len(pixels):
+                steps = read(frames if preprocess is None else preprocess(frames))
+                if not (number := len(steps.pixels)):
                     continue
                 if memory.layout is None:
-                    memory.layout = find_layout(self.model, pixels.shape[1:], marks)
-                self._watch(memory, memory.layout, pixels)
-                memory.frames += len(pixels)
+                    (first,) = steps_marks(told, times[:1], 1, 1)
+                    memory.layout = find_layout(self.model, steps, first, settled=not callable(told))
+                layout = memory.layout
+                check_steps(layout, steps, memory.frames, len(times))
+                self._watch(memory, layout, steps.pixels, steps_marks(told, times, layout.step, number))
+                memory.frames += len(times) or number * layout.step
                 memory.timestamp = float(times[-1]) if len(times) else None
-                bar.advance(task, len(pixels))
+                bar.advance(task, len(times) or number * layout.step)
                 if after_batch is not None:
                     after_batch(memory)
         return memory
@@ -166,23 +187,22 @@ class VideoLLMHost(CausalLMHost):
             return super().generate(*args, **inputs)
         return super().generate(**self._recall(memory, by_name(self.model.generate, args, inputs)))
 
-    def _watch(self, memory: VideoMemory, layout: FrameLayout, pixels: Tensor) -> None:
-        """Run one batch of frames [n, C, S, S] through tower, projector and decoder, into the memory."""
-        if tuple(pixels.shape[1:]) != layout.frame:
-            raise ConfigError(
-                f"this video's frames are of shape {layout.frame}, but a batch came with {tuple(pixels.shape[1:])}"
-            )
-        start, end = layout.marks
+    def _watch(self, memory: VideoMemory, layout: FrameLayout, pixels: Tensor, marks: Sequence[Marks]) -> None:
+        """Run one batch of steps [n, C, S, S] or [n, P, D] through tower, projector and decoder, into the memory."""
         token = getattr(self.model.config, f"{layout.kind}_token_id")
-        ids = self._ids([*start, *[token] * layout.tokens, *end], "marks").repeat(1, len(pixels))
+        parts = [i for before, after in marks for i in (*before, *[token] * layout.tokens, *after)]
+        ids = self._ids(parts, "marks")
         self._warn_of_positions(memory.cache.get_seq_length(), ids.shape[1])
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        inputs = {"input_ids": ids, layout.pixels: pixels[None] if layout.batched else pixels} | self._one_logit
+        inputs = {"input_ids": ids} | vision_inputs(self.model, layout, pixels) | self._one_logit
         if "token_type_ids" in self._takes:
             past = ids.new_zeros(1, memory.cache.get_seq_length())  # masks read types by position in the whole prompt
             inputs["token_type_ids"] = torch.cat([past, (ids == token).long()], dim=1)
+        position = memory.position
+        if layout.grid:
+            inputs["position_ids"], position = batch_positions(self.model, layout, position, memory.frames, marks)
         call = partial(self._unclosed, layout) if layout.closing else self.model
         self._run(call, inputs | {"past_key_values": memory.cache})
+        memory.position = position
 
     def _warn_of_positions(self, seen: int, count: int) -> None:
         """Positions go on counting whatever was evicted: a long video leaves the range that a model was trained on."""
@@ -228,8 +248,12 @@ class VideoLLMHost(CausalLMHost):
         cache, layout = memory.cache.fork(len(ids)), memory.layout
         if layout is not None and layout.closing:
             self._close(cache, layout, len(ids))
-        seen = mask.new_ones(len(ids), cache.get_seq_length())
-        return inputs | {"past_key_values": cache, "attention_mask": torch.cat([seen, mask], dim=1)}
+        mask = torch.cat([mask.new_ones(len(ids), cache.get_seq_length()), mask], dim=1)
+        inputs = inputs | {"past_key_values": cache, "attention_mask": mask}
+        if layout is not None and layout.grid:
+            begin = behind_video(self.model, layout, memory.position, memory.frames)
+            inputs["position_ids"] = go_on_at(self.model, begin, mask, ids.shape[1])
+        return inputs
 
     @torch.no_grad()
     def _close(self, cache: MemoryCache, layout: FrameLayout, rows: int) -> None:
@@ -257,15 +281,6 @@ class VideoLLMHost(CausalLMHost):
         if found.is_floating_point() or found.ndim > 2 or not found.numel() or found.numel() != found.shape[-1]:
             raise ConfigError(f"{what} must be token ids [L] or [1, L]; got {ids!r}")
         return found.view(1, -1).long()
-
-
-def _pixels(frames: Any) -> Tensor:
-    """Pixel values [n, C, S, S] of a batch."""
-    pixels = frames[0] if isinstance(frames, Tensor) and frames.ndim == 5 and len(frames) == 1 else frames
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not pixels.is_floating_point():
-        got = f"{pixels.dtype} {list(pixels.shape)}" if hasattr(pixels, "shape") else type(pixels).__name__
-        raise ConfigError(f"a batch must be pixel values, a float tensor [n, C, S, S]; got {got}; see preprocess")
-    return pixels
 
 
 def vision_towers(model: PreTrainedModel) -> list[PreTrainedModel]:

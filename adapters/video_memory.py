@@ -1,14 +1,14 @@
 """What a video LLM remembers of a video of any length: the memory, and where in the video it stands.
 
-Shape letters: n frames of a batch, C channels, S sides of a frame in pixels, B rows, D hidden size of the text decoder.
+Shape letters: n steps of a batch, C channels, S sides of a frame in pixels, P patches of a step, D values of a patch or
+of a token.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +17,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from namm_transfer.adapters.video_grid import check_marks, frames_of_step
+from namm_transfer.adapters.video_steps import FrameLayout, Marks, Steps
 from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.memory import MemoryCache
 from namm_transfer.scoring import Policy
 from namm_transfer.stats import MemoryStats
 
-__all__ = ["FrameLayout", "VideoMemory", "encode", "find_layout"]
+__all__ = ["VideoMemory", "encode", "find_layout", "vision_inputs"]
 
 KEY = "video"
 """Where a saved memory's metadata holds the video's part."""
-
-
-@dataclass(frozen=True)
-class FrameLayout:
-    """How a host makes tokens of frames; found by asking it.
-
-    Attributes:
-        pixels: the model's input, "pixel_values_videos" or "pixel_values".
-        batched: its pixels have a first axis of rows.
-        frame: shape of one frame's pixels, (C, S, S).
-        tokens: tokens of a frame.
-        closing: tokens that the host puts behind a video's last frame.
-        marks: token ids before and after each frame.
-    """
-
-    pixels: str
-    batched: bool
-    frame: tuple[int, ...]
-    tokens: int
-    closing: int
-    marks: tuple[tuple[int, ...], tuple[int, ...]]
-
-    @property
-    def kind(self) -> str:
-        """What the host takes frames for: "video" or "image"."""
-        return "video" if self.pixels.endswith("_videos") else "image"
 
 
 @dataclass
@@ -64,6 +40,8 @@ class VideoMemory:
         frames: frames seen.
         timestamp: time of the newest of them in seconds, where the source told it.
         about: what the caller wants to be saved with it, as plain values.
+        position: on a grid of time, height and width, where the video begins; or, where each step is a grid of its
+            own, where it goes on.
     """
 
     cache: MemoryCache
@@ -71,6 +49,7 @@ class VideoMemory:
     frames: int = 0
     timestamp: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    position: int = 0
 
     def stats(self) -> MemoryStats:
         """What is held now, and what it costs."""
@@ -82,9 +61,9 @@ class VideoMemory:
         Raises:
             CacheError: the file cannot be written.
         """
+        state = {name: getattr(self, name) for name in ("frames", "timestamp", "about", "position")}
         layout = None if self.layout is None else asdict(self.layout)
-        state = {"layout": layout, "frames": self.frames, "timestamp": self.timestamp, "about": self.about}
-        self.cache.save(path, {KEY: json.dumps(state)})
+        self.cache.save(path, {KEY: json.dumps({"layout": layout, **state})})
 
     @classmethod
     def load(cls, path: str | Path, policy: Policy) -> VideoMemory:
@@ -97,38 +76,36 @@ class VideoMemory:
         try:
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()[KEY])
-            layout = state["layout"]
-            if layout is not None:
-                marks = tuple(tuple(ids) for ids in layout["marks"])
-                layout = FrameLayout(**layout | {"frame": tuple(layout["frame"]), "marks": marks})
-            return cls(cache, layout, state["frames"], state["timestamp"], state["about"])
+            layout = None if state["layout"] is None else FrameLayout.from_plain(state["layout"])
+            told = {name: state[name] for name in ("frames", "timestamp", "about", "position") if name in state}
+            return cls(cache, layout, **told)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{str(path)!r} holds a memory, but not of a video: {error!r}") from error
 
 
-def find_layout(model: PreTrainedModel, frame: Sequence[int], marks: Sequence[Sequence[int]]) -> FrameLayout:
-    """How ``model`` makes tokens of frames of shape ``frame`` (C, S, S).
+def find_layout(model: PreTrainedModel, first: Steps, marks: Marks, *, settled: bool = True) -> FrameLayout:
+    """How ``model`` makes tokens of frames like the ``first`` ones.
 
-    A video can be remembered as it comes if its prompt is the frames' tokens, each frame's its own, in order, and no
-    token sees a later frame's. Both is tried out: on two random frames, together and alone, and on two short texts.
+    A video can be remembered as it comes if its prompt is the steps' tokens, each step's its own, in order, and no
+    token sees a later step's. Both is tried out: on two random steps, together and alone, and on two short texts.
+
+    Args:
+        marks: token ids before and after the first step.
+        settled: they are those of every step.
 
     Raises:
         UnsupportedModelError: it does not work so; says why.
+        ConfigError: it needs other marks.
     """
     name, base = type(model).__name__, _base(model)
     pixels = "pixel_values_videos" if hasattr(base, "get_video_features") else "pixel_values"
     takes = inspect.signature(_encoder(model, pixels)).parameters
-    if any(x.endswith("_grid_thw") for x in takes):
-        raise UnsupportedModelError(
-            f"{name} cannot remember a video as it comes: it places tokens on a grid of time, height and width "
-            "(video_grid_thw), and numbers what follows by the grid of the whole video; pass the video in the prompt"
-        )
-    needed = [x for x, p in takes.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and x != pixels]
+    known = {pixels, "video_grid_thw"} if first.grid else {pixels}
+    needed = [x for x, p in takes.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and x not in known]
     if needed:
         raise UnsupportedModelError(
             f"{name} cannot take a frame by its pixels alone: it needs {', '.join(needed)} beside them"
         )
-    marks = (tuple(map(int, marks[0])), tuple(map(int, marks[1])))
     if "token_type_ids" in inspect.signature(model.forward).parameters and not all(marks):
         raise ConfigError(
             f"{name} lets neighbouring image tokens see each other, so its frames must be held apart: pass the token "
@@ -136,9 +113,11 @@ def find_layout(model: PreTrainedModel, frame: Sequence[int], marks: Sequence[Se
         )
     _check_causal(model)
     generator = torch.Generator().manual_seed(0)
-    two = torch.randn(2, *frame, generator=generator)
-    batched = pixels.endswith("_videos") or _takes_rows(model, pixels, two)
-    layout = FrameLayout(pixels, batched, tuple(frame), 0, 0, marks)
+    two = torch.randn(2, *first.pixels.shape[1:], generator=generator)
+    batched = not first.grid and (pixels.endswith("_videos") or _takes_rows(model, pixels, two))
+    layout = FrameLayout(
+        pixels, batched, tuple(two.shape[1:]), 0, 0, marks if settled else None, first.grid, seconds=first.seconds
+    )
     alone, other, both = (_features(encode(model, layout, x)) for x in (two[:1], two[1:], two))
     tokens, closing = len(both) - len(alone), 2 * len(alone) - len(both)
     expected = torch.cat([alone[:tokens], other[:tokens], alone[tokens:]]) if tokens > 0 and closing >= 0 else None
@@ -152,13 +131,26 @@ def find_layout(model: PreTrainedModel, frame: Sequence[int], marks: Sequence[Se
         raise UnsupportedModelError(
             f"{name} puts {closing} tokens behind every video, and takes no mm_encoder_outputs that would go without"
         )
-    return FrameLayout(pixels, batched, tuple(frame), tokens, closing, marks)
+    step = frames_of_step(model) if first.grid else 1
+    layout = replace(layout, tokens=tokens, closing=closing, step=step)
+    if first.grid:
+        check_marks(model, layout, marks)
+    return layout
 
 
 def encode(model: PreTrainedModel, layout: FrameLayout, frames: Tensor) -> Any:
-    """The vision part's output (a BaseModelOutputWithPooling) for frames [n, C, S, S]."""
+    """The vision part's output (a BaseModelOutputWithPooling) for steps [n, C, S, S] or [n, P, D]."""
+    return _encoder(model, layout.pixels)(**vision_inputs(model, layout, frames), return_dict=True)
+
+
+def vision_inputs(model: PreTrainedModel, layout: FrameLayout, frames: Tensor) -> dict[str, Tensor]:
+    """The model's inputs of steps [n, C, S, S] or [n, P, D]."""
     pixels = frames.to(model.device, model.dtype)
-    return _encoder(model, layout.pixels)(pixels[None] if layout.batched else pixels, return_dict=True)
+    if layout.grid is None:
+        return {layout.pixels: pixels[None] if layout.batched else pixels}
+    height, width = layout.grid
+    grid = torch.tensor([[len(pixels), height, width]], device=model.device)
+    return {layout.pixels: pixels.flatten(0, 1), "video_grid_thw": grid}
 
 
 def _base(model: PreTrainedModel) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 import torch
@@ -21,11 +22,9 @@ from .video_hosts import FRAMES, SIZE, VIDEO_LLMS, pixels, row, video_llm
 
 REFUSED = {
     "llava-next": "needs image_sizes",
-    "qwen2-vl": "grid of time, height and width",
-    "qwen2.5-vl": "grid of time, height and width",
-    "qwen3-vl": "grid of time, height and width",
     "paligemma": "whole prompt attends to itself",
 }
+GRIDS = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
 SERVED = [name for name in VIDEO_LLMS if name not in REFUSED]
 MARKS = ((VISION_START,), (VISION_END,))
 HOST = "llava-next-video"
@@ -38,13 +37,26 @@ def _no_grad():
 
 
 def parts(name: str) -> tuple[Tensor, Tensor, dict, Tensor]:
-    """One prompt taken apart: what stands before the video, its frames [n, 3, S, S], marks, and the question."""
+    """One prompt taken apart: what stands before the video, its frames [n, 3, S, S] (on a grid: steps of patches
+    [n, P, D]), marks, and the question."""
     ids = row(name, 0)["input_ids"][0].tolist()
-    frames = pixels(name, 0)[VIDEO_LLMS[name].pixels[0]].reshape(-1, 3, SIZE, SIZE)
+    case, shown = VIDEO_LLMS[name], pixels(name, 0)
+    shape = (3, SIZE, SIZE) if name not in GRIDS else (prod(case.extra["video_grid_thw"][0][1:]), case.pixels[1][-1])
+    frames = shown[case.pixels[0]].reshape(-1, *shape)
     start, end = ids.index(VISION_START), len(ids) - ids[::-1].index(VISION_END)
-    if VIDEO_LLMS[name].kind == "image":
+    if case.kind == "image" or case.spans > 1:
         return torch.tensor(ids[:start]), frames, {"marks": MARKS}, torch.tensor([ids[end:]])
     return torch.tensor(ids[: start + 1]), frames, {}, torch.tensor([ids[end - 1 :]])
+
+
+def batches(name: str, frames: Tensor, sizes: int | list[int]) -> list:
+    """The frames, cut into what a host takes."""
+    cut = frames.split(sizes)
+    if name not in GRIDS:
+        return list(cut)
+    height, width = VIDEO_LLMS[name].extra["video_grid_thw"][0][1:]
+    grids = [torch.tensor([[len(part), height, width]]) for part in cut]
+    return [{"pixel_values_videos": x.flatten(0, 1), "video_grid_thw": g} for x, g in zip(cut, grids, strict=True)]
 
 
 def remembered(host, name: str = HOST, sizes: tuple[int, ...] = (2, 4)) -> VideoMemory:
@@ -60,10 +72,10 @@ def test_remember_then_ask_is_the_unmodified_models_answer_to_one_prompt(name: s
     logits = model(**whole).logits[:, -question.shape[1] :]
     tokens, step_logits = checks.greedy(model.generate, whole)
     with adapt(model, keep, INTERVAL) as host:
-        memory = host.remember(frames.split(1), before=before, **marks)
+        memory = host.remember(batches(name, frames, 1), before=before, **marks)
         assert checks.distance(host(input_ids=question, memory=memory).logits, logits) <= TOLERANCE
         ours, our_logits = checks.greedy(lambda **x: host.generate(**x, memory=memory), {"input_ids": question})
-    assert memory.frames == len(frames)
+    assert memory.frames == len(frames) * (1 + (name in GRIDS))
     assert torch.equal(ours, tokens)
     assert checks.distance(our_logits, step_logits) <= TOLERANCE
 
@@ -76,7 +88,7 @@ def test_any_batches_of_frames_give_what_one_prompt_gives_under_a_budget(name: s
         expected = host(**row(name, 0)).logits[:, -question.shape[1] :]
         stats = host.stats()
         for sizes in ([len(frames)], [1] * len(frames), [len(frames) // 2, len(frames) - len(frames) // 2]):
-            memory = host.remember(iter(frames.split(sizes)), before=before, **marks)
+            memory = host.remember(iter(batches(name, frames, sizes)), before=before, **marks)
             held = memory.stats()
             assert checks.distance(host(input_ids=question, memory=memory).logits, expected) <= TOLERANCE
             ours = host.stats()
