@@ -56,6 +56,10 @@ _SHAPES = (
     Stage("video", steps=1500, batch=4, learning_rate=1e-3, frames=16, goal=0.86, figure="answer"),
     Stage("video", steps=400, batch=4, learning_rate=5e-4, frames=32, goal=0.90, figure="answer"),
     Stage("video", steps=300, batch=4, learning_rate=6e-4, frames=64),
+    # the packaged host had these in runs of their own (`start`), the last one with another seed
+    Stage("video", steps=800, batch=4, learning_rate=6e-4, frames=64),
+    Stage("whole", steps=500, batch=4, learning_rate=6e-4, frames=64),
+    Stage("whole", steps=600, batch=4, learning_rate=8e-4, frames=64),
 )
 _SUITE = (
     Stage("options", steps=12000, batch=8, learning_rate=1e-3, frames=64, goal=0.92, figure="answer"),
