@@ -80,7 +80,7 @@ def decode(
     if at_most is not None:
         _check_count("at_most", at_most)
         num_frames = at_most if at_most < len(file) else None
-    chosen = _choose(file.times, num_frames, fps, indices, timestamps)
+    chosen = _choose(file, num_frames, fps, indices, timestamps)
     return DecodedVideo(_read(file, chosen), file.times[chosen], file.path)
 
 
@@ -104,7 +104,7 @@ def stream(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
     file = probe(path)
-    return VideoStream(file, _choose(file.times, fps=fps), batch, start, ahead)
+    return VideoStream(file, _choose(file, fps=fps), batch, start, ahead)
 
 
 class VideoStream:
@@ -284,14 +284,18 @@ def _agree(times: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def _choose(
-    times: np.ndarray,
+    file: VideoFile,
     num_frames: int | None = None,
     fps: float | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     timestamps: Sequence[float] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Indices of the frames, given the seconds [T] at which all of them are shown."""
+    """Indices of the frames."""
+    times = file.times
     total, first, last = len(times), times[0], times[-1]
+    apart = float(np.median(np.diff(times))) if total > 1 else 1.0
+    # a frame is there at its moment, even if its time was rounded up from it (Matroska: to milliseconds)
+    early = min(file.tick, 0.1 * apart)
     if num_frames is not None:
         _check_count("num_frames", num_frames)
         if num_frames > total:
@@ -302,14 +306,14 @@ def _choose(
             raise ConfigError(f"expected a positive fps, got {fps!r}")
         if fps >= 1 / np.diff(times, append=last + np.inf).min():
             return np.arange(total)
-        moments = first + np.arange(int((last - first) * fps + 1e-6) + 1) / fps
-        return np.unique(np.floor(_places(times, moments)).astype(np.int64))
+        moments = first + np.arange(int((last - first + early) * fps + 1e-6) + 1) / fps
+        return np.unique(np.floor(_places(times, moments + early)).astype(np.int64))
     if timestamps is not None:
         moments = _vector("timestamps", timestamps, "fiu").astype(np.float64)
         end = last + (last - first) / max(total - 1, 1)  # the last frame is shown as long as the others on average
         if not moments.size or not (first <= moments.min() and moments.max() <= end):
             raise ConfigError(f"expected timestamps within {first:.3f}..{end:.3f} s, got {list(timestamps)}")
-        return np.floor(_places(times, moments)).astype(np.int64)
+        return np.floor(_places(times, moments + early)).astype(np.int64)
     if indices is None:
         return np.arange(total)
     chosen = _vector("indices", indices, "iu").astype(np.int64)
@@ -336,5 +340,5 @@ def _vector(name: str, values: Any, kinds: str) -> np.ndarray:
 
 
 def _places(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Where moments fall between the frames, as fractional indices; rounding of times does not move a frame."""
+    """Where moments fall between the frames, as fractional indices without the noise of floating point."""
     return np.round(np.interp(moments, times, np.arange(len(times))), 4)

@@ -34,11 +34,13 @@ class VideoFile:
 
     Attributes:
         times: when each frame is shown, in seconds, float64 [T], ascending.
+        tick: what the file's times are multiples of, in seconds: they are rounded by so much at most.
         rotation: degrees counter-clockwise that bring its frames upright.
     """
 
     path: Path
     times: np.ndarray
+    tick: float
     rotation: int
 
     def __len__(self) -> int:
@@ -80,11 +82,12 @@ def probe(path: str | os.PathLike[str]) -> VideoFile:
         if announced > max(end, end - (container.start_time or 0) / av.time_base) + MISSING_SECONDS:
             raise VideoError(f"{path}: truncated: it announces {announced:.2f} s and ends at {end:.2f} s")
         known = len(set(pts)) == packets
-        times = np.sort(np.asarray(pts, dtype=np.float64) * float(stream.time_base or 1))
+        tick = float(stream.time_base or 1)
+        times = np.sort(np.asarray(pts, dtype=np.float64) * tick)
     if not known:  # raw streams tell no times, or only those of decoding
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        times = np.arange(sum(1 for _ in read_in_order(path))) / rate
-    return VideoFile(path, times, _rotation(path))
+        times, tick = np.arange(sum(1 for _ in read_in_order(path))) / rate, 0.0
+    return VideoFile(path, times, tick, _rotation(path))
 
 
 def read_in_order(path: Path) -> Iterator[av.VideoFrame]:

@@ -1,5 +1,6 @@
 """Decoding: what goes into an mp4 comes out, and every kind of broken file is a `VideoError` naming it."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -66,6 +67,28 @@ def test_selections(mp4: Path, selection: dict, indices: list[int]) -> None:
     whole, chosen = decode(mp4), decode(mp4, **selection)
     np.testing.assert_array_equal(chosen.frames, whole.frames[indices])
     np.testing.assert_allclose(chosen.timestamps, whole.timestamps[indices])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm", ".avi", ".ts"])
+@pytest.mark.parametrize("rate", [16, 24, 30, 60, Fraction(30000, 1001)])
+def test_rounded_times_move_no_frame(tmp_path: Path, suffix: str, rate: Fraction) -> None:
+    """Matroska tells times in whole milliseconds, so that most frames seem to come a little late or early."""
+    path = tmp_path / f"rounded{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx" if suffix == ".webm" else "mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(48):
+            picture = np.full((32, 32, 3), 5 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    whole = decode(path)
+    assert len(whole.frames) == 48
+    for step in (1, 2, 3):
+        np.testing.assert_array_equal(decode(path, fps=float(rate) / step).timestamps, whole.timestamps[::step])
+    moments = whole.timestamps[0] + np.arange(48) / float(rate)
+    np.testing.assert_array_equal(decode(path, timestamps=moments[:-1]).timestamps, whole.timestamps[:-1])
+    between = moments[:-1] + 0.5 / float(rate)
+    np.testing.assert_array_equal(decode(path, timestamps=between).timestamps, whole.timestamps[:-1])
 
 
 @pytest.mark.parametrize(
