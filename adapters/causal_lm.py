@@ -94,9 +94,12 @@ class CausalLMHost(Host):
         """Call the model with the memory as its cache.
 
         Raises:
-            ConfigError: the call asks for another cache, or for none.
-            CacheError: the memory is another model's, or the model left it, or one of its layers, empty.
+            ConfigError: the call asks for another cache, or for none, or for one under another policy or interval.
+            CacheError: the memory is another model's, or the model left it, or one of its layers, empty; or the host
+                is not laid over its model.
         """
+        if not self._before:
+            raise CacheError("the model runs without its memory: use the host in a block, `with adapt(...) as host:`")
         cache = inputs.get("past_key_values")
         if cache is None:
             cache = self.new_cache()
@@ -104,6 +107,7 @@ class CausalLMHost(Host):
             raise ConfigError(
                 f"past_key_values must be a MemoryCache, e.g. host.new_cache(); got {type(cache).__name__}"
             )
+        self._check_policy(cache)
         if inputs.get("use_cache") not in (None, True):  # None: as the model likes
             raise ConfigError("use_cache=False leaves a policy nothing to do; call the model itself instead")
         expected = getattr(self.model.get_decoder().config, "num_hidden_layers", None)
@@ -123,6 +127,16 @@ class CausalLMHost(Host):
                 f"the policy {self.policy.name!r} would do nothing in the others"
             )
         return out
+
+    def _check_policy(self, cache: MemoryCache) -> None:
+        """Refuse a memory that others than the host's settings prune."""
+        pairs = {
+            "policy": (cache.policy.describe(), self.policy.describe()),
+            "update_interval": (cache.update_interval, self.update_interval),
+        }
+        for name, (found, expected) in pairs.items():
+            if found != expected:
+                raise ConfigError(f"this memory was made with {name} {found}, but the host has {expected}")
 
     def stats(self) -> MemoryStats:
         if self.cache is None:

@@ -153,6 +153,8 @@ class VideoLLMHost(CausalLMHost):
         with Progress(*Progress.get_default_columns(), disable=total is None, transient=True) as bar:
             task = bar.add_task("remembering", total=total)
             for batch in batches:
+                if isinstance(batch, tuple) and len(batch) != 2:
+                    raise ConfigError(f"a batch is frames, or a pair of them and their times; got {len(batch)} things")
                 frames, times = batch if isinstance(batch, tuple) else (batch, ())
                 steps = read(frames if preprocess is None else preprocess(frames))
                 if not (number := len(steps.pixels)):
@@ -277,7 +279,10 @@ class VideoLLMHost(CausalLMHost):
 
     def _ids(self, ids: Any, what: str) -> Tensor:
         """Token ids as [1, L] on the model's device."""
-        found = torch.as_tensor(ids, device=self.model.device)
+        try:
+            found = torch.as_tensor(ids, device=self.model.device)
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.empty(0)
         if found.is_floating_point() or found.ndim > 2 or not found.numel() or found.numel() != found.shape[-1]:
             raise ConfigError(f"{what} must be token ids [L] or [1, L]; got {ids!r}")
         return found.view(1, -1).long()

@@ -118,7 +118,10 @@ def find_layout(model: PreTrainedModel, first: Steps, marks: Marks, *, settled: 
     layout = FrameLayout(
         pixels, batched, tuple(two.shape[1:]), 0, 0, marks if settled else None, first.grid, seconds=first.seconds
     )
-    alone, other, both = (_features(encode(model, layout, x)) for x in (two[:1], two[1:], two))
+    try:
+        alone, other, both = (_features(encode(model, layout, x)) for x in (two[:1], two[1:], two))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} does not take frames of shape {tuple(two.shape[1:])}: {error}") from error
     tokens, closing = len(both) - len(alone), 2 * len(alone) - len(both)
     expected = torch.cat([alone[:tokens], other[:tokens], alone[tokens:]]) if tokens > 0 and closing >= 0 else None
     rounding = 1e-3 if model.dtype == torch.float32 else 0.05

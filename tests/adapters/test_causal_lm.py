@@ -143,11 +143,11 @@ def test_what_is_no_model_is_refused(given: object) -> None:
 
 def test_outside_of_the_block_nothing_is_evicted_silently() -> None:
     host = adapt(causal_lm("llama"), evictor(), INTERVAL)
-    with pytest.raises(CacheError, match="attention is not 'namm'"):
+    with pytest.raises(CacheError, match="runs without its memory: use the host in a block"):
         host(input_ids=prompt(1, 50))
     with host:
         host(input_ids=prompt(1, 50))
-    with pytest.raises(CacheError, match="attention is not 'namm'"):
+    with pytest.raises(CacheError, match="runs without its memory: use the host in a block"):
         host(input_ids=prompt(1, 50))
 
 

@@ -246,6 +246,9 @@ def test_wrong_inputs_are_named() -> None:
             ({"batches": [], "memory": memory, "marks": MARKS}, "settled with the first frame"),
             ({"batches": [frames[..., :16]], "memory": memory}, r"of shape \(3, 32, 32\), but a batch came with"),
             ({"batches": [], "before": [[1], [2]]}, "before must be token ids"),
+            ({"batches": [], "before": "hello"}, "before must be token ids .* got 'hello'"),
+            ({"batches": [(frames,)]}, "a pair of them and their times; got 1 things"),
+            ({"batches": [torch.zeros(2, 3, 32, 48)]}, r"does not take frames of shape \(3, 32, 48\): "),
         ]:
             with pytest.raises(ConfigError, match=message):
                 host.remember(**inputs)
@@ -259,6 +262,26 @@ def test_wrong_inputs_are_named() -> None:
                 host.generate(**{"memory": memory} | inputs)
     with adapt(video_llm("gemma3"), evictor(), INTERVAL) as host, pytest.raises(ConfigError, match="marks="):
         host.remember([frames])
+
+
+def test_a_memory_of_other_settings_is_refused() -> None:
+    """A host would go on under the memory's policy, not its own."""
+    before, frames, _, question = parts(HOST)
+    with adapt(video_llm(HOST), evictor("namm", 40), INTERVAL) as host:
+        memory = host.remember([frames], before=before)
+    for keep, interval, message in [
+        (evictor("h2o", 40), INTERVAL, "made with policy {'name': 'namm'"),
+        (evictor("namm", 41), INTERVAL, "made with policy"),
+        (evictor("namm", 40), 2 * INTERVAL, f"made with update_interval {INTERVAL}, but the host has {2 * INTERVAL}"),
+    ]:
+        with adapt(video_llm(HOST), keep, interval) as host:
+            for call in (
+                lambda host=host: host.remember([frames], memory=memory),
+                lambda host=host: host.generate(input_ids=question, memory=memory, max_new_tokens=2),
+                lambda host=host: host(input_ids=question, past_key_values=memory.cache),
+            ):
+                with pytest.raises(ConfigError, match=message):
+                    call()
 
 
 @pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
