@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from namm_transfer.errors import ConfigError
 
-__all__ = ["compose", "composed", "flatten", "given", "nearest"]
+__all__ = ["compose", "composed", "flatten", "given", "nearest", "unreadable"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -74,6 +74,25 @@ def nearest(given: str, candidates: Sequence[str]) -> str:
     return difflib.get_close_matches(given, candidates, n=1, cutoff=0.0)[0]
 
 
+def unreadable(override: str) -> str:
+    """What to say of an override that Hydra cannot read, or takes for several."""
+    if "=" not in override:
+        return f"cannot read the override {override!r}: expected key=value"
+    key, value = override.split("=", 1)
+    return (
+        f"cannot read the override {override!r}: a value that holds spaces or any of ,:=()[]{{}}~'\" needs quotes that "
+        f"the shell leaves, as in \"{key}='{value}'\""
+    )
+
+
+def _sweeps(override: str) -> bool:
+    """Whether Hydra takes it for several values to be tried one after the other, as `a,b`."""
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
+
+
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
         return hydra_compose(command, overrides=[_placed(command, override) for override in overrides])
@@ -101,12 +120,14 @@ def _refuse_holes(command: str, config: DictConfig) -> None:
 def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     """Say which override is at fault, and what it may have meant."""
     parser = OverridesParser.create()
+    if swept := [text for text in overrides if _sweeps(text)]:
+        return unreadable(swept[0])
     parsed: list[Override] = []
     for text in overrides:
         try:
             parsed += parser.parse_overrides([text])
         except HydraException:
-            return f"cannot read the override {text!r}: expected key=value"
+            return unreadable(text)
     # Choices of groups first: the keys of a task exist only once the task is chosen.
     parsed.sort(key=lambda one: not _options(one))
     accepted: list[str] = []
@@ -130,6 +151,8 @@ def _meant(command: str, accepted: list[str], override: Override) -> str:
     if options := _options(override):
         given, kind = str(override.value()), f"option of {override.key_or_group}"
         candidates = options
+        if given in options:
+            return f"`{command}` has no {override.key_or_group} to choose (given: {override.input_line})"
     else:
         given, kind = override.key_or_group, f"key of `{command}`"
         leaves = OmegaConf.to_container(_compose(command, accepted), resolve=False)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from namm_transfer.configs import nearest
+from namm_transfer.configs import nearest, unreadable
 from namm_transfer.errors import ConfigError
 
 __all__ = ["check_at_least_one", "from_overrides"]
@@ -37,7 +37,9 @@ def from_overrides(settings: type[T], overrides: Sequence[str]) -> T:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            raise ConfigError(f"cannot read the override {text!r}: expected key=value") from error
+            raise ConfigError(unreadable(text)) from error
+        if override.is_sweep_override():
+            raise ConfigError(unreadable(text))
         values[override.key_or_group] = override.value()
     return _made(settings, values)
 

@@ -20,7 +20,7 @@ from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.inspect_page import write_page
 from namm_transfer.eval.lighting import lit, write_lit_mp4
 from namm_transfer.eval.offline_rl.inspect_episode import inspect_episode
-from namm_transfer.eval.provenance import record
+from namm_transfer.eval.provenance import digest, record
 from namm_transfer.eval.rl_tasks import Episodes
 from namm_transfer.eval.video import DecodedVideo
 from namm_transfer.eval.workers import build_policy, build_task
@@ -77,9 +77,10 @@ def inspect(config: Mapping[str, Any], out: Path, console: Console) -> Path:
         raise ConfigError(
             f"frames is {shown!r}; expected an integer from 1 to {len(frames)}, the frames of {path.name}"
         )
-    retained = task.retained(frames, policy)
     out.mkdir(parents=True, exist_ok=True)
-    record(out / "provenance.json", task.inputs(), config["seed"])
+    shown_file = {} if isinstance(clip, int) else {"clips": digest(path)}
+    record(out / "provenance.json", {**task.inputs(), **shown_file}, config["seed"])
+    retained = task.retained(frames, policy)
     counts = {
         "clip": path.name,
         "task": task.name,

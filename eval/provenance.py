@@ -35,7 +35,7 @@ def record(path: Path, inputs: Mapping[str, str], seed: int) -> None:
         if inputs.get(name) != was:
             raise DataError(
                 f"{path.parent} was begun with another {name} (digest {was}, now {inputs.get(name)}); "
-                "its rows cannot be mixed with new ones: choose another folder with out=..."
+                "its results cannot be mixed with new ones: choose another folder with out=..."
             )
     starts.append(provenance(inputs, seed))
     write_atomically(path, json.dumps({"starts": starts}, indent=2) + "\n")

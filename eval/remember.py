@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,11 @@ from namm_transfer.adapters.video_memory import VideoMemory
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.executor import use_executor
 from namm_transfer.eval.provenance import digest
-from namm_transfer.eval.task import host_folder
+from namm_transfer.eval.task import host_folder, packaged_host
 from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.eval.video import fit, stream
 from namm_transfer.eval.video_qa.clips import SIDE
-from namm_transfer.eval.video_qa.host import PACKAGED, VideoQAProcessor, load_host, pixel_values
+from namm_transfer.eval.video_qa.host import PACKAGED_HOSTS, VideoQAProcessor, load_host, pixel_values
 from namm_transfer.eval.workers import build_policy
 from namm_transfer.policies import Policy
 
@@ -35,12 +36,14 @@ def remember(
     *,
     save: Path | None = None,
     resume: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[str]:
     """Watch `video`, or what `resume` has not seen of it, then answer each question from the memory.
 
     Args:
         config: of the command `remember`.
         save: file of the memory, written every `save_every` seconds and at the end; by default `resume`, if given.
+        overrides: those that made `config`, to tell how to go on.
 
     Returns:
         The answers.
@@ -52,26 +55,27 @@ def remember(
         Interrupted: on Ctrl-C.
     """
     use_executor(config["executor"])
-    _positive(config, "save_every", "max_new_tokens")
+    if isinstance(every := config["save_every"], bool) or not isinstance(every, int | float) or every <= 0:
+        raise ConfigError(f"save_every is {every!r}; expected a positive number of seconds")
+    if isinstance(count := config["max_new_tokens"], bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"max_new_tokens is {count!r}; expected an integer of at least 1")
     policy = build_policy(config["policy"])
     device, interval, save = config["model"]["device"], config["model"]["update_interval"], save or resume
     memory = _stored(resume, policy)
     frames = stream(video, fps=config["fps"], batch=config["batch"], start=memory.frames if memory else 0)
-    folder = host_folder(config["model"], PACKAGED)
+    folder = host_folder(config["model"], packaged_host("remember", config["model"], PACKAGED_HOSTS))
     source = {"video": video.name, "bytes": video.stat().st_size, "fps": config["fps"], "host": digest(folder)}
     if memory is not None and memory.about != source:
         raise ConfigError(f"{resume} is the memory of {memory.about}; asked to go on with {source}")
+    saver = _Saver(save, config["save_every"], resumed=save is not None and save == resume)
     model, processor = load_host(folder)
     with frames, adapt(model.to(device), policy, interval) as host:
         start = None
         if memory is None:
             memory, start = VideoMemory(host.new_cache(), about=source), [processor.tokenizer.bos_token_id]
-        elif memory.cache.update_interval != interval:
-            raise ConfigError(f"{resume} was made with update_interval {memory.cache.update_interval}; got {interval}")
         else:
             memory.cache.to(device)
             console.print(f"{memory.frames} of {frames.total} frames are in {resume} already")
-        saver = _Saver(save, config["save_every"], resumed=save is not None and save == resume)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="the video passes token")  # said in the report
@@ -79,7 +83,8 @@ def remember(
                     frames, memory=memory, before=start, preprocess=_pixels, total=len(frames), after_batch=saver
                 )
         except KeyboardInterrupt:
-            raise Interrupted(saver.advice(video)) from None
+            asked = [word for question in questions for word in ("--question", question)]
+            raise Interrupted(saver.advice([str(video), *overrides, *asked])) from None
         except VideoError:  # what was seen before the fault was seen right
             saver.write(memory)
             raise
@@ -92,6 +97,10 @@ class _Saver:
     """Saves a memory that grows, every few seconds; `resumed` tells that the file is there already."""
 
     def __init__(self, path: Path | None, seconds: float, *, resumed: bool) -> None:
+        if path is not None:
+            if path.is_dir():
+                raise ConfigError(f"the memory is to be saved in {path}, which is a folder; expected a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.seconds = path, seconds
         self.last, self.saved = time.monotonic(), resumed
 
@@ -101,18 +110,18 @@ class _Saver:
 
     def write(self, memory: VideoMemory) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             memory.save(self.path)
             self.saved = True
         self.last = time.monotonic()
 
-    def advice(self, video: Path) -> str:
-        """What to tell whoever interrupted."""
+    def advice(self, command: Sequence[str]) -> str:
+        """What to tell whoever interrupted this command."""
         if self.path is None:
             return "interrupted: nothing was saved (give --save FILE)"
         if not self.saved:
             return f"interrupted before {self.path} was first saved"
-        return f"interrupted: go on with: namm-transfer remember {video} --resume {self.path}"
+        again = shlex.join(["namm-transfer", "remember", *command, "--resume", str(self.path)])
+        return f"interrupted: go on with: {again}"
 
 
 def _stored(resume: Path | None, policy: Policy) -> VideoMemory | None:
@@ -154,10 +163,3 @@ def _answer(
     answer = processor.decode(tokens[0, ids.shape[1] :])
     console.print(f"{question.strip()}\n  -> {answer}", highlight=False, markup=False)
     return answer
-
-
-def _positive(config: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ConfigError(f"{key} is {value!r}; expected a positive number")

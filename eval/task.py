@@ -14,7 +14,17 @@ from namm_transfer.layer import check_interval
 from namm_transfer.policies import Policy
 from namm_transfer.stats import MemoryStats
 
-__all__ = ["BASELINES", "Outcome", "Task", "Unit", "check_settings", "host_folder", "kept_at_updates", "measured"]
+__all__ = [
+    "BASELINES",
+    "Outcome",
+    "Task",
+    "Unit",
+    "check_settings",
+    "host_folder",
+    "kept_at_updates",
+    "measured",
+    "packaged_host",
+]
 
 BASELINES = ("window",)
 """Columns that are no policy: a host's own way to forget, evaluated on the tasks that have it."""
@@ -108,6 +118,21 @@ def check_settings(task: Any, packaged: Path | Mapping[str, Path], **limits: int
     check_interval(task.model["update_interval"])
     check_device(task.model["device"])
     host_folder(task.model, packaged)
+
+
+def packaged_host(name: str, model: Mapping[str, Any], hosts: Mapping[str, Path]) -> Path:
+    """Folder of the packaged host that a model's settings name, the first one if they name none.
+
+    Args:
+        name: of the task, for the message.
+
+    Raises:
+        ConfigError: it is none of `hosts`; the model is another task's.
+    """
+    host = model.get("host", next(iter(hosts)))
+    if host not in hosts:
+        raise ConfigError(f"{name}: model.host is {host!r}; expected one of {', '.join(hosts)}")
+    return hosts[host]
 
 
 def host_folder(model: Mapping[str, Any], packaged: Path | Mapping[str, Path]) -> Path:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from namm_transfer.cli import plain_errors
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.video_classification import clips as motion_clips
 from namm_transfer.eval.video_classification import packaged as motion
@@ -56,4 +57,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

@@ -25,7 +25,7 @@ from namm_transfer.adapters.video_encoder import special_tokens
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.results import UNDECODABLE
-from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder, measured
+from namm_transfer.eval.task import Outcome, Unit, check_settings, host_folder, measured, packaged_host
 from namm_transfer.eval.video import DecodedVideo, decode, fit
 from namm_transfer.eval.video_classification import host as encoder_host
 from namm_transfer.eval.video_classification import packaged as motion_clips
@@ -53,7 +53,8 @@ class _ClipTask(ABC):
     videos: str
     clips: int
 
-    packaged_host: ClassVar[Path]
+    packaged_hosts: ClassVar[Mapping[str, Path]]
+    """Folders of the packaged hosts by name, the usual one first."""
     packaged_videos: ClassVar[Path]
 
     @abstractmethod
@@ -120,16 +121,12 @@ class _ClipTask(ABC):
 
     @property
     def _packaged(self) -> Path:
-        """Folder of the packaged host.
+        """Folder of the packaged host that the model's settings name.
 
         Raises:
-            ConfigError: the model's settings name another one, which this task does not have.
+            ConfigError: it is another task's.
         """
-        if "host" in self.model:
-            raise ConfigError(
-                f"{self.name}: model.host is {self.model['host']!r}; this task has one packaged host only"
-            )
-        return self.packaged_host
+        return packaged_host(self.name, self.model, self.packaged_hosts)
 
     @cached_property
     def _host(self) -> tuple[Any, Any]:
@@ -150,7 +147,7 @@ class ShapesQA(_ClipTask):
     metric: str = "accuracy"
     baselines: tuple[str, ...] = ()
 
-    packaged_host: ClassVar[Path] = llm_host.PACKAGED
+    packaged_hosts: ClassVar[Mapping[str, Path]] = llm_host.PACKAGED_HOSTS
     packaged_videos: ClassVar[Path] = qa_clips.PACKAGED_VIDEOS
 
     def __post_init__(self) -> None:
@@ -216,7 +213,7 @@ class Motion(_ClipTask):
     metric: str = "accuracy"
     baselines: tuple[str, ...] = ()
 
-    packaged_host: ClassVar[Path] = encoder_host.PACKAGED
+    packaged_hosts: ClassVar[Mapping[str, Path]] = encoder_host.PACKAGED_HOSTS
     packaged_videos: ClassVar[Path] = motion_clips.PACKAGED_VIDEOS
 
     def __post_init__(self) -> None:
@@ -259,10 +256,6 @@ class Motion(_ClipTask):
 
     def _read_clips(self, folder: Path) -> list[LabelledClip]:
         return motion_clips.packaged_clips(folder)
-
-    @property
-    def _packaged(self) -> Path:
-        return encoder_host.packaged(self.model.get("host", "vivit"))
 
     def _load(self) -> tuple[Any, Any]:
         return encoder_host.load_host(self._folder)

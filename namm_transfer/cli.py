@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from namm_transfer.configs import composed, given, nearest
 from namm_transfer.configs.settings import from_overrides
 from namm_transfer.errors import ConfigError, NammTransferError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "plain_errors"]
 
 WIDE = 200
 """Columns of a table when there is no terminal to ask."""
@@ -36,18 +38,25 @@ Overrides = Annotated[
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder.")]
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that the toolkit raises on purpose, and files that cannot be written, are one message, not a traceback."""
+    try:
+        yield
+    except (NammTransferError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as interrupt:
+        Console(stderr=True, soft_wrap=True).print(_plain(interrupt) or "interrupted", highlight=False)
+        raise SystemExit(130) from interrupt
+
+
 class Commands(TyperGroup):
-    """Errors that the toolkit raises on purpose are one message, not a traceback."""
+    """Commands with plain errors."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with plain_errors():
             return super().invoke(ctx)
-        except NammTransferError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as interrupt:
-            Console(stderr=True, soft_wrap=True).print(_plain(interrupt) or "interrupted", highlight=False)
-            raise typer.Exit(130) from interrupt
 
 
 app = typer.Typer(
@@ -164,7 +173,8 @@ def remember(
     """Watch a video of any length in bounded memory, and ask: `remember a.mp4 --question "What came first?"`."""
     from namm_transfer.eval.remember import remember as run
 
-    run(composed("remember", overrides or []), video, question or [], _console(), save=save, resume=resume)
+    given = overrides or []
+    run(composed("remember", given), video, question or [], _console(), save=save, resume=resume, overrides=given)
 
 
 @app.command()

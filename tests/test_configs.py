@@ -95,6 +95,17 @@ def test_every_task_file_has_exactly_the_settings_of_its_class(task):
         ("eval", ["policy=h2o"], "policy.budget has no value"),
         ("eval", ["policy.budget"], "cannot read the override 'policy.budget': expected key=value"),
         ("eval", ["policy.budget=[0.5"], "cannot read the override"),
+        (
+            "inspect",
+            ["clip=/tmp/a,b.mp4"],
+            "needs quotes that the shell leaves, as in \"clip='/tmp/a,b.mp4'\"",
+        ),
+        (
+            "inspect",
+            ["clip=~/my clip (1).mp4"],
+            "cannot read the override 'clip=~/my clip (1).mp4': a value that holds",
+        ),
+        ("remember", ["task=video_qa/suite"], "`remember` has no task to choose (given: task=video_qa/suite)"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest_valid(command, overrides, message):
@@ -176,6 +187,7 @@ def test_settings_take_the_types_of_their_fields():
         (["output=a", "parts=[{name: x, rat: 3}]"], "'parts[0].rat' is no setting: the nearest is 'parts[0].rate'"),
         (["output=a", "parts=[{name: x}, {rate: 3}]"], "parts[1].name has no value"),
         (["output=[a"], "cannot read the override"),
+        (["output=a,b"], "needs quotes"),
     ],
 )
 def test_bad_settings_are_refused(overrides, message):

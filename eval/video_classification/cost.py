@@ -27,9 +27,10 @@ from namm_transfer import NAMM, adapt, policy
 from namm_transfer.eval.claim import claim
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.statistics import difference, mean
+from namm_transfer.eval.task import packaged_host
 from namm_transfer.eval.video import through_mp4
 from namm_transfer.eval.video_classification.clips import FPS, HELD_OUT_SEEDS, make_clip, render
-from namm_transfer.eval.video_classification.host import PACKAGED_HOSTS, load_host, packaged
+from namm_transfer.eval.video_classification.host import PACKAGED_HOSTS, load_host
 from namm_transfer.files import append_json, replacing, whole_lines, write_atomically
 from namm_transfer.policies import Policy
 
@@ -56,12 +57,12 @@ def measure(
     host: str, chosen: Mapping[str, tuple[Policy, str | None]], seeds: Sequence[int], update_interval: int
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of one clip after the other: whether it was told right, work and kept fraction, and seconds."""
-    plain, processor = load_host(packaged(host))
+    plain, processor = load_host(packaged_host("hosts", {"host": host}, PACKAGED_HOSTS))
     with torch.inference_mode(), ExitStack() as stack:
         calls: dict[str, Any] = {_PLAIN: plain}
         for name, (memory, mode) in chosen.items():
             # each column has a model of its own: attaching changes it for as long as the block lasts
-            model = load_host(packaged(host))[0]
+            model = load_host(packaged_host("hosts", {"host": host}, PACKAGED_HOSTS))[0]
             adapted = adapt(model, memory, update_interval, carried=MODES.get(mode or "", False))
             calls[name] = stack.enter_context(adapted)
         for call in calls.values():  # kernels and memory are there for all

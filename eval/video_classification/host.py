@@ -36,7 +36,6 @@ __all__ = [
     "VideoEncoderProcessor",
     "build_model",
     "load_host",
-    "packaged",
     "save_host",
     "token_grid",
 ]
@@ -111,16 +110,6 @@ class VideoEncoderProcessor:
             raise DataError(f"expected uint8 frames {list(expected)}, got {frames.dtype} {list(frames.shape)}")
         pixels = rearrange(torch.from_numpy(frames), "t h w c -> 1 t c h w")
         return {"pixel_values": pixels.float() / 127.5 - 1.0}
-
-
-def packaged(architecture: str) -> Path:
-    """Folder of the packaged encoder of an architecture.
-
-    Raises:
-        ConfigError: there is no such architecture.
-    """
-    _check_architecture(architecture)
-    return PACKAGED_HOSTS[architecture]
 
 
 def build_model(seed: int, architecture: str = "vivit") -> VideoEncoder:

@@ -29,6 +29,8 @@ from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
 
 PACKAGED = Path(__file__).resolve().parent.parent / "assets" / "hosts" / "video_llm"
+PACKAGED_HOSTS: dict[str, Path] = {"llava_next_video": PACKAGED}
+"""Folders of the packaged video LLMs, by name."""
 PATCH = 8
 POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2

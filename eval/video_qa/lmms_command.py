@@ -44,7 +44,8 @@ def run(arguments: Sequence[str]) -> None:
 def completed(arguments: Sequence[str]) -> list[str]:
     """The arguments with our model where none is named, and with the fingerprint of its NAMM."""
     given = list(arguments)
-    if not any(one.startswith("--") for one in given) or "--help" in given:  # `models`, `tasks`, `version`
+    evaluates = given and (given[0].startswith("-") or given[0] == "eval")  # not so `models`, `tasks`, `version`
+    if not evaluates or "--help" in given:
         return given
     if not any(one.split("=")[0] in ("--model", "--config") for one in given):
         given += ["--model", MODEL]

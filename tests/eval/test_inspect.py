@@ -72,6 +72,17 @@ def test_inspect_writes_picture_counts_and_provenance(request, tmp_path, kind):
     assert page_data(page)["kept"] == pytest.approx(counts["kept_fraction"], abs=1e-9)
 
 
+def test_a_file_is_told_by_its_own_digest(qa, tmp_path):
+    for number in (0, 1):
+        path = tmp_path / f"{number}.mp4"
+        path.write_bytes(qa.clip_path(number).read_bytes())
+        inspect(config(qa, "ShapesQA") | {"clip": str(path)}, tmp_path / str(number), Console(file=io.StringIO()))
+    first, second = (
+        json.loads((tmp_path / name / "provenance.json").read_text())["starts"][0]["inputs"] for name in "01"
+    )
+    assert first["clips"] != second["clips"] and first["host"] == second["host"]
+
+
 def page_data(page):
     """What the page's script reads, and the fraction of its bits that are set."""
     data = json.loads(re.search(r"const data = (.*);\n", page).group(1))

@@ -74,7 +74,9 @@ def test_an_interrupted_memory_is_resumed_to_the_same_memory(run, video, tmp_pat
     monkeypatch.setattr(module, "_pixels", stop)
     stopped = run(video, "--save", "part.safetensors", "policy.budget=64", "save_every=0.000001")
     assert stopped.exit_code == 130
-    assert "--resume part.safetensors" in stopped.output
+    settings = f"model.path={tiny_hosts / 'video_llm'} policy.namm={tiny_hosts / 'namm'}"
+    again = f"namm-transfer remember 'two clips.mp4' policy.budget=64 save_every=0.000001 {settings}"
+    assert f"go on with: {again} --resume part.safetensors" in stopped.output.replace(str(tmp_path) + "/two", "two")
     monkeypatch.setattr(module, "_pixels", watched)
     with safe_open(tmp_path / "part.safetensors", "pt") as file:
         assert json.loads(file.metadata()["video"])["frames"] == 64
@@ -115,6 +117,10 @@ def test_a_fault_in_the_file_keeps_what_was_seen(run, video, tmp_path, monkeypat
         (["two clips.mp4", "batch=0"], "batch is 0"),
         (["two clips.mp4", "save_every=-1"], "save_every is -1"),
         (["two clips.mp4", "max_new_tokens=0"], "max_new_tokens is 0"),
+        (["two clips.mp4", "max_new_tokens=2.5"], "max_new_tokens is 2.5; expected an integer"),
+        (["two clips.mp4", "--save", "."], "is to be saved in ., which is a folder"),
+        (["two clips.mp4", "--save", "two clips.mp4/a"], "File exists"),
+        (["two clips.mp4", "model=vivit"], "remember: model.host is 'vivit'; expected one of llava_next_video"),
         (["two clips.mp4", "--resume", "none.safetensors"], "cannot read a memory"),
     ],
 )

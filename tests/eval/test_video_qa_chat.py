@@ -167,7 +167,12 @@ def test_the_command_adds_model_and_fingerprint():
         "--model=namm",
     ]
     assert completed(["--model_args", full, "--model", "namm"]) == ["--model_args", full, "--model", "namm"]
-    for untouched in (["tasks", "list"], ["--help"], ["--model", "namm", "--model_args", "policy=h2o,budget=4"]):
+    for untouched in (
+        ["tasks", "list"],
+        ["ui", "--port", "8000"],
+        ["--help"],
+        ["--model", "namm", "--model_args", "policy=h2o,budget=4"],
+    ):
         assert completed(untouched) == untouched
     with pytest.raises(CheckpointError, match="no NAMM 'missing'"):
         completed(["--model_args", "policy=namm,namm=missing"])
