@@ -1,9 +1,10 @@
 """The training loop of the packaged video hosts: stages, resumable at any step, reproducible from a seed."""
 
+import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from namm_transfer.errors import CheckpointError
+from namm_transfer.configs.settings import check_at_least_one
+from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.files import replacing
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -40,6 +42,47 @@ class Stage:
     frames: int = 0
     goal: float | None = None
     figure: str = ""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "steps", "batch")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"Stage.learning_rate is {self.learning_rate}; expected a positive number")
+
+
+def check_stages(stages: Sequence[Stage], figures: Mapping[str, Sequence[str]]) -> None:
+    """Refuse stages of an unknown name, or with a goal for a figure that they do not have.
+
+    Args:
+        figures: the names of stages, and the figures of each.
+
+    Raises:
+        ConfigError: names the stage.
+    """
+    for number, stage in enumerate(stages):
+        if stage.name not in figures:
+            raise ConfigError(f"stages[{number}].name is {stage.name!r}; expected one of {', '.join(figures)}")
+        if stage.goal is not None and stage.figure not in figures[stage.name]:
+            known = ", ".join(figures[stage.name])
+            raise ConfigError(f"stages[{number}].figure is {stage.figure!r}; expected one of {known}")
+
+
+def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a host that was trained with these settings, of which nothing is left to do.
+
+    Raises:
+        CheckpointError: it holds one of other settings, which would be lost.
+    """
+    told = out_dir / "training.json"
+    if not told.is_file() or (out_dir / "checkpoint.pt").is_file():
+        return False
+    stored = json.loads(told.read_text()).get("config", {})
+    expected = json.loads(json.dumps(config))  # tuples are lists there
+    if stored != expected:
+        other = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
+        raise CheckpointError(
+            f"{out_dir} holds a host that was trained with another {', '.join(other)}: train into another folder"
+        )
+    return True
 
 
 class Trainer:
@@ -82,7 +125,7 @@ class Trainer:
         if number < len(self._begun) and self._begun[number] != asdict(stage):
             raise CheckpointError(
                 f"{self.checkpoint} ran stage {number} as {self._begun[number]}, not as {asdict(stage)}: "
-                "train with resume=False, or into another folder"
+                "remove it, or train into another folder"
             )
         if self._state["stage"] > number:
             return
@@ -140,7 +183,7 @@ class Trainer:
         if state["settings"] != self.settings:
             raise CheckpointError(
                 f"{self.checkpoint} was written with {state['settings']}, not with {self.settings}: "
-                "train with resume=False, or into another folder"
+                "remove it, or train into another folder"
             )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.eval.video import through_mp4
 from namm_transfer.eval.video_classification.clips import FPS, MOTIONS, SIDE, TRAIN_SEEDS, make_clip, render
 from namm_transfer.eval.video_classification.evaluate import held_out_accuracy
@@ -30,7 +31,7 @@ from namm_transfer.eval.video_classification.host import (
     save_host,
     token_grid,
 )
-from namm_transfer.eval.video_training import Stage, Trainer
+from namm_transfer.eval.video_training import Stage, Trainer, check_stages, is_finished
 
 _MIRROR = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
 MIRRORED = np.array([MOTIONS.index(_MIRROR.get(motion, motion)) for motion in MOTIONS])
@@ -40,6 +41,8 @@ DEFAULT_STAGES = {
     "videomae": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
     "timm_vit": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
 }
+FIGURES = {"motion": ("accuracy", "path", "loss")}
+"""The one kind of stages, and the figures that it is followed by."""
 PATH_STATES = -3
 """Where the path is read: two blocks before the last."""
 
@@ -60,6 +63,10 @@ class TrainConfig:
     path_weight: float = 30.0
     held_out_clips: int = 240
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "pool", "held_out_clips", "threads")
+        check_stages(self.stages or (), FIGURES)
 
 
 class PathHead(nn.Module):
@@ -113,16 +120,19 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEn
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
-        CheckpointError: with `resume`, a checkpoint of another configuration is in the way.
+        CheckpointError: with `resume`, a checkpoint or a host of another configuration is in the way.
         ConfigError: there is no such architecture.
     """
     torch.set_num_threads(config.threads)
     model = build_model(config.seed, config.architecture)
     stages = config.stages or DEFAULT_STAGES[config.architecture]
     config = replace(config, stages=stages)
+    if resume and is_finished(out_dir, asdict(config)):
+        return load_host(out_dir)[0]
     _use_plain_attention(model)
     head = PathHead(model, torch.Generator().manual_seed(config.seed))
-
+    settings = {key: getattr(config, key) for key in ("seed", "architecture", "pool", "path_weight")}
+    trainer = Trainer({"model": model, "head": head}, out_dir / "checkpoint.pt", settings, resume=resume)
     pool = ClipPool(config.pool, config.seed)
 
     def loss_at(size: int, before: int, step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -135,8 +145,6 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEn
         right = (output.logits.argmax(-1) == labels).float().mean().item()
         return loss, {"accuracy": right, "path": path_error.item() ** 0.5, "loss": loss.item()}
 
-    settings = {key: getattr(config, key) for key in ("seed", "architecture", "pool", "path_weight")}
-    trainer = Trainer({"model": model, "head": head}, out_dir / "checkpoint.pt", settings, resume=resume)
     for number, stage in enumerate(stages):
         before = sum(earlier.steps for earlier in stages[:number])
         trainer.run(number, stage, [*model.parameters(), *head.parameters()], partial(loss_at, stage.batch, before))

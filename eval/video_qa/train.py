@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import LlavaNextVideoForConditionalGeneration
 
+from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.video import through_mp4
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
@@ -46,7 +47,7 @@ from namm_transfer.eval.video_qa.model import (
 from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
 from namm_transfer.eval.video_qa.suite.material import Suite
-from namm_transfer.eval.video_training import LossAt, Stage, Trainer
+from namm_transfer.eval.video_training import LossAt, Stage, Trainer, check_stages, is_finished
 
 FRAME_WEIGHT = 2.0
 _SHAPES = (
@@ -102,12 +103,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.material not in MATERIALS:
             raise ConfigError(f"material is {self.material!r}; expected one of {', '.join(MATERIALS)}")
+        check_at_least_one(self, "questions_per_clip", "held_out_clips", "threads")
+        check_stages(self.stages or (), FIGURES)
         for number, stage in enumerate(self.stages or ()):
-            if stage.name not in FIGURES:
-                raise ConfigError(f"stages[{number}].name is {stage.name!r}; expected one of {', '.join(FIGURES)}")
-            if stage.goal is not None and stage.figure not in FIGURES[stage.name]:
-                known = ", ".join(FIGURES[stage.name])
-                raise ConfigError(f"stages[{number}].figure is {stage.figure!r}; expected one of {known}")
             if stage.name != "frames" and (stage.frames < 1 or FRAMES % stage.frames):
                 raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected a divisor of {FRAMES}")
 
@@ -118,14 +116,16 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
-        CheckpointError: with `resume`, a checkpoint of another configuration is in the way; no host at `start`, or
-            one that knows other words.
+        CheckpointError: with `resume`, a checkpoint or a host of another configuration is in the way; no host at
+            `start`, or one that knows other words.
     """
     torch.set_num_threads(config.threads)
     out_dir.mkdir(parents=True, exist_ok=True)
     material, usual, examine = MATERIALS[config.material]
     stages = config.stages or usual
     config = replace(config, stages=stages)
+    if resume and is_finished(out_dir, asdict(config)):
+        return load_host(out_dir)[0]
     lessons = _Lessons(config, material)
     settings: dict[str, Any] = {key: getattr(config, key) for key in ("seed", "material", "questions_per_clip")}
     before = {}

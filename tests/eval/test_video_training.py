@@ -1,14 +1,16 @@
 """The training loop: an interrupted run ends where an uninterrupted one does."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from namm_transfer.errors import CheckpointError
+from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval import video_training
-from namm_transfer.eval.video_training import Stage, Trainer, learning_rate
+from namm_transfer.eval.video_classification.train import TrainConfig as EncoderConfig
+from namm_transfer.eval.video_training import Stage, Trainer, is_finished, learning_rate
 
 STAGES = (Stage("first", steps=6, batch=4, learning_rate=0.1), Stage("second", steps=5, batch=4, learning_rate=0.05))
 
@@ -43,9 +45,38 @@ def test_resuming_equals_never_stopping(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     _run(tmp_path)
-    with pytest.raises(CheckpointError, match="resume=False"):
+    with pytest.raises(CheckpointError, match="remove it, or train into another folder"):
         Trainer({"model": nn.Linear(3, 1)}, tmp_path / "checkpoint.pt", {"seed": 1}, resume=True)
     Trainer({"model": nn.Linear(3, 1)}, tmp_path / "checkpoint.pt", {"seed": 1}, resume=False)
+
+
+def test_a_finished_folder_is_neither_trained_again_nor_overwritten(tmp_path: Path) -> None:
+    config = {"seed": 0, "stages": [{"name": "first"}], "out": ("a", "b")}
+    assert not is_finished(tmp_path, config)
+    (tmp_path / "training.json").write_text(json.dumps({"config": config}))
+    assert is_finished(tmp_path, config)
+    with pytest.raises(CheckpointError, match="trained with another seed: train into another folder"):
+        is_finished(tmp_path, config | {"seed": 1})
+    (tmp_path / "checkpoint.pt").touch()
+    assert not is_finished(tmp_path, config), "a run that goes on"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "Stage.steps is 0; expected at least 1"),
+        ({"batch": -1}, "Stage.batch is -1"),
+        ({"learning_rate": 0.0}, "Stage.learning_rate is 0.0; expected a positive number"),
+        ({"name": "motoin"}, r"stages\[0\].name is 'motoin'; expected one of motion"),
+        ({"goal": 0.5}, r"stages\[0\].figure is ''; expected one of accuracy, path, loss"),
+    ],
+)
+def test_impossible_stages_are_refused(settings: dict, message: str) -> None:
+    usual = {"name": "motion", "steps": 1, "batch": 1, "learning_rate": 0.1}
+    with pytest.raises(ConfigError, match=message):
+        EncoderConfig(stages=(Stage(**usual | settings),))
+    with pytest.raises(ConfigError, match="TrainConfig.threads is 0"):
+        EncoderConfig(threads=0)
 
 
 def test_a_goal_ends_a_stage_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
