@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs import composed
 from namm_transfer.evolution.calibration import calibrate, with_vector
 from namm_transfer.evolution.config import EvolutionConfig
@@ -50,4 +51,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

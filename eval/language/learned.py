@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from namm_transfer import network
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs import composed
 from namm_transfer.errors import DataError
 from namm_transfer.eval.language.samples import LanguageSamples
@@ -209,4 +210,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

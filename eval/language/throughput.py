@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs import composed
 from namm_transfer.eval.provenance import record
 from namm_transfer.evolution.config import EvolutionConfig
@@ -96,4 +97,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from namm_transfer import NAMM, adapt, policy
+from namm_transfer.cli import plain_errors
 from namm_transfer.eval.claim import claim
 from namm_transfer.eval.provenance import record
 from namm_transfer.eval.statistics import difference, mean
@@ -192,4 +193,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

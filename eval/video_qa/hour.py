@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs.settings import from_overrides
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.video import write_mp4
@@ -181,4 +182,5 @@ def _at_tenths(watched: Watched, total: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(from_overrides(HourConfig, sys.argv[1:])), indent=2))
+    with plain_errors():
+        print(json.dumps(run(from_overrides(HourConfig, sys.argv[1:])), indent=2))
