@@ -8,6 +8,7 @@ Shape legend: B rows (environments), M chosen rows, T timesteps, O observation w
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from namm_transfer.stats import MemoryStats
 __all__ = ["DecisionTransformerHost", "Normalisation"]
 
 _PARTS = ("embed_state", "embed_action", "embed_return", "embed_timestep", "embed_ln", "encoder", "predict_action")
+_NUMBERS = ("state_mean", "state_std", "return_scale", "target_return")
 
 
 class Normalisation(Protocol):
@@ -67,7 +69,14 @@ class DecisionTransformerHost(Host):
     A row that was reset must be shown the first observation of its new episode next. That is how gymnasium's vector
     environments behave with ``AutoresetMode.DISABLED`` and the loop above, and with ``SAME_STEP`` without its
     ``envs.reset``. With ``NEXT_STEP``, gymnasium's default, the step after the end ignores the action and only then
-    returns that observation: call ``reset_rows`` after that step, not at the end.
+    returns that observation. Reset such a row twice: at the end, since an episode as long as the model has timesteps
+    leaves no room for another, and again after that step, to forget it::
+
+        done = np.zeros(8, bool)
+        while playing:
+            observation, reward, terminated, truncated, _ = envs.step(host.act(observation, reward))
+            ignored, done = done, terminated | truncated
+            host.reset_rows(ignored | done)
 
     Args:
         model, policy: as for every host.
@@ -92,6 +101,11 @@ class DecisionTransformerHost(Host):
         super().__init__(model, policy, update_interval)
         self.normalisation = normalisation
         if normalisation is not None:
+            if lacking := [name for name in _NUMBERS if not hasattr(normalisation, name)]:
+                raise ConfigError(
+                    f"the normalisation is {type(normalisation).__name__} without {', '.join(lacking)}; expected an "
+                    "object that has them, such as the one that load_host returns beside the model"
+                )
             sizes = (len(normalisation.state_mean), len(normalisation.state_std))
             if sizes != (self.model.config.state_dim,) * 2:
                 raise ConfigError(
@@ -122,6 +136,7 @@ class DecisionTransformerHost(Host):
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's own call: states [B, T, O], actions [B, T, A], returns_to_go [B, T, 1], timesteps [B, T]."""
+        self._check_attached()
         self.cache = cache = MemoryCache(self.policy, self.update_interval)
         self._ages = np.zeros(0, np.int64)  # what was being played is over
 
@@ -144,12 +159,16 @@ class DecisionTransformerHost(Host):
         Args:
             target_return: raw return to ask for, one or [B]; by default the normalisation's.
         """
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        try:
+            count = 0 if isinstance(rows, bool) else operator.index(rows)  # of NumPy, too
+        except TypeError:
+            count = 0
+        if count < 1:
             raise ConfigError(f"reset: rows must be an int of at least 1; got {rows!r}")
-        device, wanted = self.model.device, self._wanted(rows, target_return)
+        device, wanted = self.model.device, self._wanted(count, target_return)
         self.cache = MemoryCache(self.policy, self.update_interval)
-        self._ages = np.zeros(rows, np.int64)  # timesteps that each row has acted in
-        self._action = torch.zeros(rows, self.model.config.act_dim, dtype=self.model.dtype, device=device)
+        self._ages = np.zeros(count, np.int64)  # timesteps that each row has acted in
+        self._action = torch.zeros(count, self.model.config.act_dim, dtype=self.model.dtype, device=device)
         self._to_go = wanted
         if self.normalisation is not None:
             stored = (self.normalisation.state_mean, self.normalisation.state_std)
@@ -168,7 +187,7 @@ class DecisionTransformerHost(Host):
         """
         cache = self._playing("reset_rows")
         try:
-            chosen = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+            chosen = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows)
         except ValueError:  # a ragged list
             chosen = np.empty(0, object)
         if chosen.dtype == np.bool_ and chosen.shape == self._ages.shape:
@@ -187,7 +206,7 @@ class DecisionTransformerHost(Host):
         self._ages[chosen] = 0
 
     def act(self, observation: Any, reward: Any = None) -> Any:
-        """Act in every environment on what it shows; nothing has changed if this raises.
+        """Act in every environment on what it shows; nothing has changed if an input is refused.
 
         Args:
             observation: [B, O], as the environment gives it, an array or a tensor.
@@ -197,9 +216,10 @@ class DecisionTransformerHost(Host):
             Actions [B, A]: an array if the observation is one, else a tensor.
 
         Raises:
-            CacheError: reset was not called.
+            CacheError: reset was not called, or the host is used outside of its `with` block.
             ConfigError: the host has no normalisation.
-            DataError: a shape is wrong, a value is not finite, or an episode is longer than the model's timesteps.
+            DataError: a shape is wrong, a value is not finite or too large for the model, or an episode is longer than
+                the model's timesteps; or the model's weights lead to actions that are not finite.
         """
         self._playing("act")
         if self.normalisation is None:
@@ -208,12 +228,12 @@ class DecisionTransformerHost(Host):
                 "deviations of the states, the scale of the returns, the return to ask for (step takes them scaled)"
             )
         rows, device, to_go = len(self._ages), self.model.device, self._to_go
-        shown = self._numbers("observations", observation)
+        shown = self._numbers("observations", observation, torch.float32)
         self._check_shape("observations", shown, (rows, self.model.config.state_dim))
         if (begun := self._ages > 0).any():
             if reward is None:
                 raise DataError("act needs the rewards of the last actions: some rows are in the midst of an episode")
-            earned = self._numbers("rewards", reward)
+            earned = self._numbers("rewards", reward, torch.float32)
             self._check_shape("rewards", earned, (rows,))
             going_on = torch.from_numpy(begun).to(device)
             to_go = torch.where(going_on, to_go - earned / self.normalisation.return_scale, to_go)
@@ -236,12 +256,15 @@ class DecisionTransformerHost(Host):
             Actions [B, A].
 
         Raises:
-            CacheError: reset was not called.
-            DataError: a shape is wrong, a state is not finite, or an episode is longer than the model's timesteps.
+            CacheError: reset was not called, or the host is used outside of its `with` block.
+            DataError: a shape is wrong, a state is not finite or too large for the model, or an episode is longer than
+                the model's timesteps.
         """
         cache = self._playing("step")
+        self._check_attached()
+        states = self._numbers("states", states, self.model.dtype)
+        returns_to_go = self._numbers("returns_to_go", returns_to_go, self.model.dtype)
         self._check_inputs(states, returns_to_go)
-        states, returns_to_go = states.to(self.model.dtype), returns_to_go.to(self.model.dtype)
         model, begun = self.model, self._ages > 0
         ages = torch.from_numpy(self._ages).to(states.device)
         now = model.embed_timestep(ages)
@@ -254,8 +277,11 @@ class DecisionTransformerHost(Host):
                 mask = torch.ones(len(begun), 3, dtype=torch.bool)
                 mask[:, 0] = torch.from_numpy(begun)
                 mask = mask.to(states.device)
+        embeds = model.embed_ln(torch.stack(tokens, dim=1))
+        # Here and not later: what has gone into the memory cannot be taken back.
+        self._check_finite(embeds, "are too large for the model: its tokens would be NaN or infinite")
         hidden = model.encoder(
-            inputs_embeds=model.embed_ln(torch.stack(tokens, dim=1)),
+            inputs_embeds=embeds,
             attention_mask=mask,
             # the wrapper gives every token position 0: time is told by the timestep embedding alone
             position_ids=torch.zeros(len(begun), len(tokens), dtype=torch.long, device=states.device),
@@ -264,7 +290,11 @@ class DecisionTransformerHost(Host):
         )[0]
         self._check_used()
         cache.forget_padding()
-        self._action = model.predict_action(hidden[:, -1])
+        action = model.predict_action(hidden[:, -1])
+        if not torch.isfinite(action).all():
+            self._ages = np.zeros(0, np.int64)  # the memory holds what led to them
+            raise DataError("the model's actions are NaN or infinite: its episodes are over; look at its weights")
+        self._action = action
         self._ages += 1
         return self._action
 
@@ -272,6 +302,10 @@ class DecisionTransformerHost(Host):
         if self.cache is None:
             raise CacheError("no call yet: stats() tells of the memory of the last call")
         return self.cache.stats()
+
+    def _check_attached(self) -> None:
+        if self._before is None:
+            raise CacheError("the memory is not laid over the model: use the host inside its with block")
 
     def _playing(self, call: str) -> MemoryCache:
         if self.cache is None or not len(self._ages):
@@ -284,6 +318,8 @@ class DecisionTransformerHost(Host):
             if target_return is not None:
                 raise ConfigError("a target_return is raw: scaling it needs adapt(..., normalisation=...)")
             return torch.zeros(rows, device=self.model.device)
+        if isinstance(target_return, Tensor):  # NumPy reads none with a graph, of another device or in bfloat16
+            target_return = target_return.detach().double().cpu()
         try:
             wanted = np.asarray(self.normalisation.target_return if target_return is None else target_return, float)
         except (TypeError, ValueError):
@@ -295,28 +331,35 @@ class DecisionTransformerHost(Host):
         scaled = np.full(rows, wanted / self.normalisation.return_scale, np.float32)
         return torch.from_numpy(scaled).to(self.model.device)
 
-    def _numbers(self, name: str, value: Any) -> Tensor:
-        """What an environment gave, as float32."""
+    def _numbers(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+        """What an environment gave, as a tensor without a graph."""
         try:
             found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         except (TypeError, ValueError) as error:
             raise DataError(f"expected {name} as an array of numbers; got {type(value).__name__}: {error}") from error
         if found.is_complex():
             raise DataError(f"expected {name} as real numbers; got {found.dtype}")
-        return found.to(self.model.device, torch.float32)
+        return found.detach().to(self.model.device, dtype)
 
     @staticmethod
     def _check_shape(name: str, found: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(found.shape) != expected:
             raise DataError(f"expected {name} {expected}, a row for each environment; got {tuple(found.shape)}")
 
+    @staticmethod
+    def _check_finite(values: Tensor, fault: str) -> None:
+        """Raise DataError if a row of values [B, ...] holds one that is not finite."""
+        fine = torch.isfinite(values).flatten(1).all(1)
+        if not fine.all():
+            rows = (~fine).nonzero().flatten().tolist()
+            raise DataError(f"the observations or rewards of rows {rows} {fault}")
+
     def _check_inputs(self, states: Tensor, returns_to_go: Tensor) -> None:
         self._check_shape("states", states, (len(self._ages), self.model.config.state_dim))
         self._check_shape("returns_to_go", returns_to_go, (len(self._ages),))
-        fine = torch.isfinite(states).all(1) & torch.isfinite(returns_to_go)
-        if not fine.all():
-            rows = (~fine).nonzero().flatten().tolist()
-            raise DataError(f"the observations or rewards of rows {rows} hold values that are NaN or infinite")
+        self._check_finite(
+            torch.cat([states, returns_to_go.unsqueeze(-1)], dim=1), "hold values that are NaN or infinite"
+        )
         if (oldest := int(self._ages.max())) >= self.model.config.max_ep_len:
             raise DataError(
                 f"an episode reached timestep {oldest}, but the model embeds only {self.model.config.max_ep_len} "

@@ -5,6 +5,7 @@ Shape letters: E environments (rows).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -41,9 +42,9 @@ class Episodes:
 
     Attributes:
         model: `path` (a folder; `packaged`, or a packaged host's name; `hub`, with `host` naming which), `device`,
-            `update_interval`; and, where they are to differ from the host's own, `normalisation` (a file),
-            `target_return`, and `window`, the K of the baseline. A memory has no window: it holds what it retained of
-            the whole episode.
+            `update_interval`; `host`, the known host whose numbers a folder without any takes; and, where they are to
+            differ from the host's own, `normalisation` (a file), `target_return`, and `window`, the K of the baseline.
+            A memory has no window: it holds what it retained of the whole episode.
     """
 
     name: str
@@ -53,14 +54,20 @@ class Episodes:
     baselines: tuple[str, ...] = ("window",)
 
     def __post_init__(self) -> None:
+        given = {key: self.model[key] for key in ("host", "normalisation") if self.model.get(key) is not None}
+        for key, value in given.items():
+            if not isinstance(value, str | Path):
+                raise ConfigError(f"{self.name}: {key} is {value!r}; expected text, or null")
         check_settings(self, self._named, episodes=SEEDS)
         window = self.model.get("window")
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise ConfigError(f"{self.name}: window is {window!r}; expected an integer of at least 1, or null")
         target = self.model.get("target_return")
-        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
-            raise ConfigError(f"{self.name}: target_return is {target!r}; expected a number, or null")
-        if self.model["path"] != "packaged":
+        if target is not None and (
+            isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target)
+        ):
+            raise ConfigError(f"{self.name}: target_return is {target!r}; expected a finite number, or null")
+        if self.model["path"] != "packaged" or given:
             _ = self._host  # what is wrong with it is said before another task spends hours
 
     def units(self, seed: int) -> list[Unit]:
@@ -149,7 +156,12 @@ class Episodes:
         """The folders of what the settings may name instead of a folder."""
         named = {"packaged": PACKAGED_HOST} | packaged_hosts()
         if self.model["path"] == "hub":
-            named["hub"] = fetch(hub_host(str(self.model.get("host"))).repository)
+            if self.model.get("host") is None:
+                raise ConfigError(
+                    f"{self.name}: the path hub needs to be told which host: task.model.host=ENVIRONMENT-DATA, such as "
+                    "hopper-medium"
+                )
+            named["hub"] = fetch(hub_host(self.model["host"]).repository)
         return named
 
     @property

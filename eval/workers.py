@@ -97,7 +97,8 @@ def build_task(settings: Mapping[str, Any]) -> Task:
     except InstantiationException as error:
         if isinstance(error.__cause__, NammTransferError):
             raise error.__cause__ from error
-        raise ConfigError(f"cannot build the task: {str(error).splitlines()[0]}") from error
+        reason = "" if error.__cause__ is None else f" {error.__cause__}"  # on the lines that follow the first one
+        raise ConfigError(f"cannot build the task: {str(error).splitlines()[0]}{reason}") from error
     return task
 
 

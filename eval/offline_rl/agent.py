@@ -80,6 +80,11 @@ class WatchedEpisode:
     shape: tuple[int, int]
     bodies: NDArray[np.float32]
 
+    @property
+    def kept_at_updates(self) -> float | None:
+        """As of a result row: retained / seen just after each decision, averaged over decisions; None without one."""
+        return float(np.mean([kept.mean() for kept in self.decisions])) if self.decisions else None
+
     def retained(self, timestep: int) -> NDArray[np.bool_]:
         """Which tokens are retained once timestep t was acted in: bool [L, K, t + 1, 3], kinds in the order of
         `KINDS`. Its own action comes into the memory with the next timestep, and counts as retained."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +16,24 @@ from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.claim import claim
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
+from namm_transfer.eval.offline_rl.rollout import action_bounds, make_envs
 from namm_transfer.files import append_json, replacing, whole_lines
 
 if TYPE_CHECKING:
     from sbx import TQC
+
+TRAIN_EVERY = 8
+"""Timesteps between two updates, as many gradient steps at each: timesteps are collected by so many."""
 
 
 @dataclass(frozen=True)
 class BehaviourConfig:
     """What to train.
 
-    `evaluate_every` and `timesteps` are environment steps. Training stops at `timesteps`, or at the first
-    evaluation (deterministic actions) whose mean `return_raw` reaches `stop_return`. At the first one that reaches
-    `medium_return`, the policy is kept as `medium.zip`, and every episode it was trained on as `medium-replay.npz`:
-    D4RL's "medium" and "medium-replay" (Fu et al., 2020).
+    `evaluate_every` and `timesteps` are environment steps. Training stops at `timesteps`, or, if there is a
+    `stop_return`, at the first evaluation (deterministic actions) whose mean `return_raw` reaches it. At the first one
+    that reaches `medium_return`, the policy is kept as `medium.zip`, and every episode it was trained on as
+    `medium-replay.npz`: D4RL's "medium" and "medium-replay" (Fu et al., 2020).
     """
 
     output: Path
@@ -35,7 +41,7 @@ class BehaviourConfig:
     timesteps: int = 300_000
     evaluate_every: int = 10_000
     evaluation_episodes: int = 10
-    stop_return: float = 3300.0
+    stop_return: float | None = None
     medium_return: float | None = None
     learning_starts: int = 5_000
     top_quantiles_to_drop_per_net: int = 5  # TQC's published setting for Hopper
@@ -53,8 +59,11 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     `medium_return` asks for.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration, or one that was begun for fewer timesteps.
+        ConfigError: gymnasium does not know the environment, its actions are no vectors, or the folder holds a run of
+            another configuration, or one that was begun for fewer timesteps.
     """
+    with closing(make_envs(config.env_id, 1)) as envs:  # what is wrong with it is said before the folder is claimed
+        action_bounds(envs)
     free = ("output", "timesteps", "stop_return")  # when to stop may change while a run goes on
     claim(config.output / "config.json", {key: value for key, value in asdict(config).items() if key not in free})
     from sbx import TQC
@@ -67,12 +76,14 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
     best = max((row["return_raw_mean"] for row in rows), default=-float("inf"))
     latest, replay = config.output / "latest.zip", config.output / "replay.pkl"
     medium = config.output / "medium.zip"
+    wanted = math.inf if config.stop_return is None else config.stop_return
+    collected = math.ceil(config.timesteps / TRAIN_EVERY) * TRAIN_EVERY
     if latest.exists() and replay.exists():
         model = TQC.load(latest, env=train_env)
         model.load_replay_buffer(replay)
         buffer: Any = model.replay_buffer
         room = buffer.buffer_size
-        if config.timesteps >= room:
+        if collected >= room:
             raise ConfigError(
                 f"timesteps is {config.timesteps}, but the run in {config.output} was begun with a replay buffer for "
                 f"fewer than {room}: give timesteps below that, or another output"
@@ -82,18 +93,18 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
             "MlpPolicy",
             train_env,
             learning_starts=config.learning_starts,
-            train_freq=8,
-            gradient_steps=8,
+            train_freq=TRAIN_EVERY,
+            gradient_steps=TRAIN_EVERY,
             policy_delay=2,
-            buffer_size=config.timesteps + 1,  # it counts as full once its last place is taken
+            buffer_size=collected + 1,  # it counts as full once its last place is taken
             top_quantiles_to_drop_per_net=config.top_quantiles_to_drop_per_net,
             seed=config.seed,
         )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("behaviour policy", total=config.timesteps, completed=model.num_timesteps)
-        while model.num_timesteps < config.timesteps and best < config.stop_return:
-            model.learn(config.evaluate_every, reset_num_timesteps=False)
+        while model.num_timesteps < config.timesteps and best < wanted:
+            model.learn(min(config.evaluate_every, config.timesteps - model.num_timesteps), reset_num_timesteps=False)
             measured: Any = evaluate_policy(model, test_env, n_eval_episodes=config.evaluation_episodes)
             mean, std = measured
             if mean > best:
@@ -120,6 +131,9 @@ def train_behaviour(config: BehaviourConfig, *, progress: bool = True) -> Path:
                 completed=model.num_timesteps,
                 description=f"behaviour policy, return_raw {mean:.0f}, best {best:.0f}",
             )
+    if progress:
+        why = "as many as asked for" if best < wanted else f"the best return reached stop_return, {wanted:.0f}"
+        bar.console.print(f"stopped at {model.num_timesteps} timesteps: {why}")
     return config.output / "policy.zip"
 
 

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import ConfigError, DataError
-from namm_transfer.eval.offline_rl.behaviour import load_behaviour
+from namm_transfer.eval.offline_rl.behaviour import environment_of, load_behaviour
 from namm_transfer.eval.offline_rl.minari_data import MINARI, import_minari, open_minari
 from namm_transfer.eval.offline_rl.rollout import make_envs
 from namm_transfer.eval.provenance import digest
@@ -29,6 +29,10 @@ from namm_transfer.eval.provenance import digest
 if TYPE_CHECKING:
     from sbx import TQC
 
+SEEDS = 1_000_000
+"""Of the environment, for each noise level."""
+MEASURED_SEEDS = 20_000_000
+"""No episode that is learned from has seeds from here on: measurements made in training begin here."""
 RECORD = "namm_transfer"
 """Key of a data set's metadata that says what it was collected with."""
 
@@ -40,12 +44,13 @@ class CollectionConfig:
     Without noise levels the actions are drawn from the policy's own distribution. A noise level is the standard
     deviation of Gaussian noise added to each deterministic action (they lie in [-1, 1]); noise spreads the returns and
     shows how to recover from states that the policy itself never visits. `dataset` is the data set's id; Minari keeps
-    it in its own folder (MINARI_DATASETS_PATH).
+    it in its own folder (MINARI_DATASETS_PATH). `env_id` is by default what the policy was trained in, as its folder
+    tells. Episodes have seeds of the environment of their own, a million for each noise level, from `seed` on.
     """
 
     policy: Path
     dataset: str
-    env_id: str = "Hopper-v5"
+    env_id: str | None = None
     timesteps: int = 200_000
     noise_levels: tuple[float, ...] = ()
     seed: int = 10_000_000
@@ -55,6 +60,13 @@ class CollectionConfig:
         if not all(math.isfinite(x) and x >= 0 for x in levels) or len(set(levels)) < len(levels):
             raise ConfigError(f"noise_levels is {levels}; expected distinct values >= 0, or none")
         check_at_least_one(self, "timesteps")
+        last = MEASURED_SEEDS - SEEDS * max(len(levels), 1)
+        if not 0 <= self.seed <= last:
+            raise ConfigError(
+                f"seed is {self.seed} with {len(levels)} noise levels; expected "
+                + (f"0 to {last}" if last >= 0 else f"{MEASURED_SEEDS // SEEDS} levels at most")
+                + f": each level has {SEEDS} seeds, and those from {MEASURED_SEEDS} on belong to measurements"
+            )
 
 
 class BehaviourAgent:
@@ -87,37 +99,39 @@ def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
 
     Raises:
         CheckpointError: there is no behaviour policy.
-        ConfigError: minari is not installed; gymnasium does not know the environment; or there is a data set of this
-            id that was collected with other settings, or by others.
+        ConfigError: minari is not installed; gymnasium does not know the environment, it is not the policy's, or none
+            is given and the policy's folder tells none; or there is a data set of this id that was collected with other
+            settings, or by others.
         DataError: the id is none.
     """
     minari = import_minari()
-    make_envs(config.env_id, 1).close()  # says what is wrong with the environment, if anything is
     policy = load_behaviour(config.policy)
-    settings = json.loads(json.dumps(asdict(config) | {"policy": digest(config.policy)}))  # tuples are lists there
+    env_id = _environment(config)
+    settings = asdict(config) | {"env_id": env_id, "policy": digest(config.policy)}
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
     if _is_there(config.dataset):
         found = open_minari(config.dataset).storage.metadata.get(RECORD)
         if not isinstance(found, str):
             raise ConfigError(
                 f"the Minari data set {config.dataset!r} is there, collected by others or cut off while it was "
-                "written; give another id, or delete it (minari delete ID)"
+                "written; give another id (dataset=ID), or delete it (minari delete ID)"
             )
         stored = json.loads(found)
         if stored != settings:
             changed = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
             raise ConfigError(
                 f"the Minari data set {config.dataset!r} is there, with other values of {', '.join(changed)}; give "
-                "another id, or delete it (minari delete ID)"
+                "another id (dataset=ID), or delete it (minari delete ID)"
             )
         return f"{MINARI}{config.dataset}"
-    env = gymnasium.make(config.env_id, disable_env_checker=True)
+    env = gymnasium.make(env_id, disable_env_checker=True)
     with closing(minari.DataCollector(env)) as collector, Progress(disable=not progress) as bar:
         levels = config.noise_levels or (None,)
         task = bar.add_task(f"episodes of {config.dataset}", total=len(levels) * config.timesteps)
         for index, level in enumerate(levels):
             agent = BehaviourAgent(policy, level, np.random.default_rng([config.seed, index]))
             timesteps = 0
-            for seed in count(config.seed + index * 1_000_000):
+            for seed in count(config.seed + index * SEEDS):
                 length = _play(collector, agent, seed)
                 timesteps += length
                 bar.update(task, advance=length)
@@ -128,10 +142,26 @@ def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
             dataset = collector.create_dataset(
                 config.dataset,
                 algorithm_name="TQC",
-                description=f"{config.env_id}: a behaviour policy's episodes, collected by namm-transfer",
+                description=f"{env_id}: a behaviour policy's episodes, collected by namm-transfer",
             )
         dataset.storage.update_metadata({RECORD: json.dumps(settings)})
     return f"{MINARI}{config.dataset}"
+
+
+def _environment(config: CollectionConfig) -> str:
+    """Where the policy plays: what it was trained in, as far as its folder tells."""
+    folder = config.policy.parent
+    trained = environment_of(folder) if (folder / "config.json").is_file() else None
+    env_id = config.env_id or trained
+    if env_id is None:
+        raise ConfigError(
+            f"env_id has no value, and {folder} has no config.json of `train behaviour` that tells what "
+            f"{config.policy.name} was trained in: give env_id=..."
+        )
+    make_envs(env_id, 1).close()  # says what is wrong with the environment, if anything is
+    if trained not in (None, env_id):
+        raise ConfigError(f"env_id is {env_id}, but {config.policy} was trained in {trained}")
+    return env_id
 
 
 def _is_there(dataset: str) -> bool:

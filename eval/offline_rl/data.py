@@ -26,14 +26,14 @@ def policy_of(folder: Path, data: str = "expert") -> Path:
     return folder / POLICIES[data]
 
 
-def data_of(folder: Path, data: str, timesteps: int, *, progress: bool = True) -> str:
+def data_of(folder: Path, data: str, timesteps: int, *, dataset: str | None = None, progress: bool = True) -> str:
     """The source of a data set of a behaviour run (see `sources`), collected unless that was done before.
 
     Args:
         folder: of `train_behaviour`.
-        data: one of `DATA`. Those of a policy become the Minari data set `namm-transfer/ENVIRONMENT/DATA-v0`;
-            medium-replay is what the run itself kept.
+        data: one of `DATA`. Those of a policy become a Minari data set; medium-replay is what the run itself kept.
         timesteps: of an expert's or medium policy's episodes.
+        dataset: the data set's id; None: `namm-transfer/ENVIRONMENT/DATA-v0`.
 
     Raises:
         CheckpointError, ConfigError: as `collect_episodes`, or `data` is unknown.
@@ -51,7 +51,7 @@ def data_of(folder: Path, data: str, timesteps: int, *, progress: bool = True) -
         )
     if data == REPLAY:
         return str(path)
-    dataset = f"namm-transfer/{env_id.lower()}/{data}-v0"
+    dataset = dataset or f"namm-transfer/{env_id.lower()}/{data}-v0"
     return collect_episodes(CollectionConfig(path, dataset, env_id, timesteps), progress=progress)
 
 

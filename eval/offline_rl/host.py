@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import DecisionTransformerModel
 
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.checkpoint import load_weights
-from namm_transfer.eval.offline_rl.hub import HubHost, hub_host, read_card
+from namm_transfer.eval.offline_rl.hub import GIVE_NUMBERS, NAME_HOST, HubHost, card_text, hub_host, read_card
 from namm_transfer.eval.offline_rl.scores import D4RL_REFERENCES, ReferenceReturns, ReturnSummary
 from namm_transfer.files import write_atomically
 
@@ -67,6 +66,8 @@ class Normalisation:
             raise CheckpointError("state_std and return_scale have to be finite and positive")
         if self.window < 1:
             raise CheckpointError(f"window is {self.window}; expected at least 1 timestep")
+        if not all(math.isfinite(known.mean) for known in (self.random, self.behaviour) if known is not None):
+            raise CheckpointError("the mean return of random or behaviour is not finite")
 
     @property
     def references(self) -> ReferenceReturns | None:
@@ -89,17 +90,22 @@ def load_host(
     """Load a decision transformer in float32, in evaluation mode; without `path`, the packaged `hopper-v5-noise`.
 
     Args:
-        path: name of a packaged host, or a folder with `config.json` and the weights.
+        path: name of a packaged host, or a folder with `config.json` and the weights. A `Path` is a folder.
         host: the known host of the Hub (see `hub`) that the folder holds, whose numbers are packaged.
         normalisation: file to feed it by; by default `normalisation.json` of the folder, then the numbers of `host`,
             then those of the folder's model card.
 
     Raises:
+        ConfigError: a name is that of a folder here, too.
         CheckpointError: a file is missing or unreadable, the weights do not fit the configuration, or the
             normalisation does not fit the model.
     """
     packaged = packaged_hosts()
-    folder = PACKAGED_HOST if path is None else packaged.get(str(path), Path(path))
+    folder = PACKAGED_HOST if path is None else Path(path)
+    if isinstance(path, str) and path in packaged:
+        if folder.is_dir():
+            raise ConfigError(f"{path!r} is a packaged decision transformer and a folder: for that, write ./{path}")
+        folder = packaged[path]
     if not folder.is_dir():
         raise CheckpointError(f"no decision transformer {str(path)!r}: no folder, and packaged are {[*packaged]}")
     if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in WEIGHTS):
@@ -153,7 +159,7 @@ def read_normalisation(path: Path) -> Normalisation:
         for name in ("state_mean", "state_std"):
             stored[name] = tuple(stored[name])
         for name in ("random", "behaviour"):
-            if isinstance(stored.get(name), Mapping):
+            if stored.get(name) is not None:
                 stored[name] = ReturnSummary(**stored[name])
         return Normalisation(**stored)
     except CheckpointError as error:
@@ -181,13 +187,13 @@ def _find_normalisation(
         return replace(_of_hub(_like(card)), state_mean=mean, state_std=std)
     raise CheckpointError(
         f"{folder} has no normalisation.json and no model card (README.md): what the states' means and standard "
-        "deviations are is unknown; give them as model.normalisation=FILE, or name a known host as model.host"
+        f"deviations are is unknown; {GIVE_NUMBERS}, or {NAME_HOST}"
     )
 
 
 def _check_card(card: Path, known: HubHost) -> None:
     """Raise CheckpointError if a folder's card tells of another host than the one it is said to hold."""
-    text = card.read_text(encoding="utf-8").lower() if card.is_file() else ""
+    text = card_text(card).lower() if card.is_file() else ""
     if (environment := _environment(text)) is None:
         return
     data = re.search(r"trained on (\S+) trajectories", text)
@@ -204,12 +210,9 @@ def _of_hub(host: HubHost) -> Normalisation:
 
 def _like(card: Path) -> HubHost:
     """A known host of the environment that a card names: what a card does not tell is common to all of them."""
-    if (environment := _environment(card.read_text(encoding="utf-8").lower())) is not None:
+    if (environment := _environment(card_text(card).lower())) is not None:
         return hub_host(f"{environment}-medium")
-    raise CheckpointError(
-        f"{card} does not tell its environment (Gym Hopper, HalfCheetah or Walker2d); give all numbers as "
-        "model.normalisation=FILE"
-    )
+    raise CheckpointError(f"{card} does not tell its environment (Gym Hopper, HalfCheetah or Walker2d); {GIVE_NUMBERS}")
 
 
 def _environment(text: str) -> str | None:

@@ -19,10 +19,12 @@ from namm_transfer.configs import nearest
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.files import read_yaml
 
-__all__ = ["HubHost", "fetch", "hub_host", "hub_hosts", "read_card"]
+__all__ = ["HubHost", "card_text", "fetch", "hub_host", "hub_hosts", "read_card"]
 
 TABLE = Path(__file__).parents[1] / "assets" / "hosts" / "d4rl.yaml"
 FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "README.md")
+GIVE_NUMBERS = "give the numbers as model.normalisation=FILE (of a task: task.model.normalisation=FILE)"
+NAME_HOST = "name a known host as model.host (task.model.host=hopper-medium)"
 _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 
 
@@ -109,21 +111,29 @@ def fetch(repository: str) -> Path:
         ) from error
 
 
+def card_text(card: Path) -> str:
+    """A model card.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return card.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{card} cannot be read: {error}") from error
+
+
 def read_card(card: Path, state_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The states' means and standard deviations from a model card: the lists after `mean =` and `std =`.
 
     Raises:
         CheckpointError: the card has no such lists, or not of `state_dim` numbers each.
     """
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{card} cannot be read: {error}") from error
-    found = []
+    text, found = card_text(card), []
     for name in ("mean", "std"):
         match = re.search(rf"\b{name}\s*=\s*\[([^\]]*)\]", text)
         if match is None:
-            raise CheckpointError(f"{card} has no list `{name} = [...]`; give the numbers as model.normalisation=FILE")
+            raise CheckpointError(f"{card} has no list `{name} = [...]`; {GIVE_NUMBERS}")
         entries = [entry.strip() for entry in match[1].split(",") if entry.strip()]
         if bad := [entry for entry in entries if not re.fullmatch(_NUMBER, entry)]:
             raise CheckpointError(f"{card}: {name} lists {bad[0]!r}; expected numbers")
@@ -132,7 +142,6 @@ def read_card(card: Path, state_dim: int) -> tuple[tuple[float, ...], tuple[floa
     if (len(mean), len(std)) != (state_dim, state_dim):
         raise CheckpointError(
             f"{card} lists {len(mean)} means and {len(std)} standard deviations, but the model takes {state_dim} "
-            "observation values: which of them are meant cannot be known; give the numbers as "
-            "model.normalisation=FILE, or name a known host as model.host"
+            f"observation values: which of them are meant cannot be known; {GIVE_NUMBERS}, or {NAME_HOST}"
         )
     return mean, std

@@ -36,12 +36,12 @@ def inspect_episode(config: Mapping[str, Any], task: Episodes, policy: Policy, o
     if isinstance(shown, bool) or not isinstance(shown, int) or shown < 1:
         raise ConfigError(f"frames is {shown!r}; expected an integer of at least 1")
     robot = robot_of(task.env_id)
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before anything is played
+    record(out / "provenance.json", task.inputs(), config["seed"])
     (watched,) = task.watch([units[number]], policy, bodies=True)
     episode = watched.episode
     moments = near_falls(episode, task.env_id)
     retained = watched.retained(episode.length - 1)  # [L, K, T, 3]
-    out.mkdir(parents=True, exist_ok=True)
-    record(out / "provenance.json", task.inputs(), config["seed"])
     counts = {
         "task": task.name,
         "environment": task.env_id,

@@ -2,9 +2,9 @@
 
     python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER task=offline_rl/hopper task.episodes=8
 
-The NAMM of the column `namm` goes by its threshold, the rules by the budget that it was measured to keep; with
-`--budget`, all go by rank at that. All play the same environment seeds. Everything is counted just after each decision,
-over all layers and heads.
+The NAMM of the column `namm` goes by its threshold, the rules by the budget that it was measured to keep, as in a
+study; with `--budget`, all go by rank at that. All play the same environment seeds. Everything is counted just after
+each decision, over all layers and heads.
 
 Shape letters: L layers, K KV heads, S tokens seen, T timesteps, n episodes.
 """
@@ -22,6 +22,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs import composed
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval import statistics
@@ -30,8 +31,9 @@ from namm_transfer.eval.offline_rl.agent import KINDS, WatchedEpisode
 from namm_transfer.eval.offline_rl.falls import near_falls
 from namm_transfer.eval.offline_rl.kept_report import draw, table
 from namm_transfer.eval.provenance import record
+from namm_transfer.eval.results import OK, Row
 from namm_transfer.eval.rl_tasks import Episodes
-from namm_transfer.eval.runner import REFERENCE
+from namm_transfer.eval.runner import REFERENCE, matched_budget
 from namm_transfer.eval.study import columns_of_namm
 from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
@@ -40,6 +42,8 @@ __all__ = ["Kept", "kept_of", "measure_kept"]
 
 AROUND = 20
 """Timesteps before and after a near fall that are looked at."""
+UNREAD = {"out": "--out", "budgets": "--budget", "matched": "--budget", "thresholds": "", "shared_rules": ""}
+"""Settings of a study that mean nothing here, and the option to give instead."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -190,7 +194,7 @@ def measure_kept(config: Mapping[str, Any], console: Console, budget: float | No
         budget: of every policy; None: NAMMs go by their threshold, the rules by what the column `namm` keeps.
 
     Raises:
-        ConfigError: the task plays no episodes, or there is no column `namm`.
+        ConfigError: the task plays no episodes, there is no column `namm`, or a rule is unknown.
         DataError: no decision was taken.
     """
     task = build_task(config["task"])
@@ -198,18 +202,30 @@ def measure_kept(config: Mapping[str, Any], console: Console, budget: float | No
         raise ConfigError(f"{task.name} plays no episodes: choose a task of offline_rl")
     if REFERENCE not in config["namms"]:
         raise ConfigError(f"namms needs a column {REFERENCE!r}: the rules get its budget")
+    for rule in config["rules"]:
+        build_policy({"name": rule, "budget": budget or 0.5})  # what is wrong with it is said before anything is played
     units = task.units(config["seed"])
     columns = {name: columns_of_namm(name, namm, [])[name] for name, namm in config["namms"].items()}
     columns = {name: settings | {"budget": budget} for name, settings in columns.items()}
     columns |= {rule: {"name": rule} for rule in config["rules"]}
     found: dict[str, Any] = {}
+    matched = 1.0
     for name, settings in columns.items():
         if name not in config["namms"]:
-            settings["budget"] = budget or round(found[REFERENCE]["kept_fraction"]["value"], 4)
+            settings["budget"] = matched if budget is None else budget
         console.print(f"{task.name}: {name}")
-        counted = kept_of(list(task.watch(units, build_policy(settings))), task.env_id)
-        found[name] = {"policy": settings, **summarise(counted)}
+        watched = list(task.watch(units, build_policy(settings)))
+        found[name] = {"policy": settings, **summarise(kept_of(watched, task.env_id))}
+        if name == REFERENCE:
+            matched = matched_budget([_row(one, task, config["seed"]) for one in watched], task.name)
     return found
+
+
+def _row(watched: WatchedEpisode, task: Episodes, seed: int) -> Row:
+    """What a study would have of an episode under the reference."""
+    unit, score = str(watched.episode.seed), watched.episode.return_raw
+    kept = watched.kept_at_updates
+    return Row(task.name, REFERENCE, unit, unit, seed, OK, task.metric, score, kept_at_updates=kept)
 
 
 def main(
@@ -218,16 +234,19 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """What memories keep of episodes, and what of the time around near falls."""
-    given = overrides or []
-    if not any(one.startswith("task=") for one in given):
-        given = ["task=offline_rl/hopper", *given]
-    config, console = composed("study", given), Console()
+    chosen = overrides or []
+    if not any(one.startswith("task=") for one in chosen):
+        chosen = ["task=offline_rl/hopper", *chosen]
+    config, console = composed("study", chosen), Console()
+    for key, instead in UNREAD.items():
+        if any(one.lstrip("+").startswith(f"{key}=") for one in chosen):
+            raise ConfigError(f"{key} is a setting of a study and is not read here{instead and f': give {instead}'}")
     use_executor(config["executor"])
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before hours are spent
+    record(out / "provenance.json", build_task(config["task"]).inputs(), config["seed"])
     found = measure_kept(config, console, budget)
     ranked = [] if budget is None else ["--budget", str(budget)]
-    command = " ".join(["python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER", *ranked, *given])
-    out.mkdir(parents=True, exist_ok=True)
-    record(out / "provenance.json", build_task(config["task"]).inputs(), config["seed"])
+    command = " ".join(["python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER", *ranked, *chosen])
     content = {"command": command, "task": config["task"]["name"], "policies": found}
     write_atomically(out / "kept.json", json.dumps(content, indent=1) + "\n")
     write_atomically(out / "table.md", f"{table(found)}\n![kept](kept.png)\n\nMade by `{command}`.\n")
@@ -236,4 +255,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

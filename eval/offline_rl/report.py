@@ -29,6 +29,7 @@ _ABOUT = (
     "Interquartile mean (the middle half of the episodes) and its 95 % interval from a bootstrap within each task;",
     "`score_percent`: 0 is the random policy's return and 100 the good one's, each task by its own references.",
 )
+_OVER_ALL = "Over all tasks: each with the same weight; only policies that have every one of them."
 
 
 def interquartile_mean(
@@ -37,7 +38,7 @@ def interquartile_mean(
     """Interquartile mean over all values, with a percentile interval of the stratified bootstrap.
 
     Args:
-        strata: the values [n] of each task.
+        strata: the values [n] of each task; each task has the same weight, however many values it has.
         seed: of the resampling.
 
     Raises:
@@ -70,7 +71,8 @@ def summarise(rows: Sequence[Row], order: Sequence[str] = ()) -> dict[str, Any]:
     Returns:
         {"tasks": {task: {policy: {"iqm_return_raw", "iqm_score_percent"}}}, "all": {references: {policy:
         {"iqm_score_percent", "tasks"}}}}: over all tasks that are scored against the same source of references, since
-        scores of different scales are never mixed. Empty if no row is of offline RL.
+        scores of different scales are never mixed, and only of policies that have every one of these tasks, since
+        means over different tasks cannot be compared. Empty if no row is of offline RL.
 
     Raises:
         DataError: rows of one task were scored against different references.
@@ -79,6 +81,7 @@ def summarise(rows: Sequence[Row], order: Sequence[str] = ()) -> dict[str, Any]:
     found = dict.fromkeys(row.policy for row in scored)
     tasks: dict[str, dict[str, Any]] = {}
     strata: dict[str, dict[str, list[list[float]]]] = {}
+    sources = _sources(scored)
     for policy in [*(p for p in order if p in found), *(p for p in found if p not in order)]:
         for task in dict.fromkeys(row.task for row in scored):
             cell = [row for row in scored if (row.task, row.policy) == (task, policy)]
@@ -88,12 +91,13 @@ def summarise(rows: Sequence[Row], order: Sequence[str] = ()) -> dict[str, Any]:
             if all("score_percent" in row.detail for row in cell):
                 percent = [float(row.detail["score_percent"]) for row in cell]
                 figures["iqm_score_percent"] = asdict(interquartile_mean([percent]))
-                strata.setdefault(_source(task, cell), {}).setdefault(policy, []).append(percent)
+                strata.setdefault(sources[task], {}).setdefault(policy, []).append(percent)
             tasks.setdefault(task, {})[policy] = figures
     overall = {
         source: {
             policy: {"iqm_score_percent": asdict(interquartile_mean(samples)), "tasks": len(samples)}
             for policy, samples in columns.items()
+            if len(samples) == [*sources.values()].count(source)
         }
         for source, columns in strata.items()
     }
@@ -117,11 +121,11 @@ def markdown(summary: dict[str, Any]) -> str:
             if any(key in cell for cell in cells.values()):
                 figures = [_interval(cells.get(column, {}).get(key)) for column in columns]
                 text.append(f"| {task}, {key.removeprefix('iqm_')} | {' | '.join(figures)} |")
-    for source, cells in summary["all"].items():
-        if any(cell["tasks"] > 1 for cell in cells.values()):
-            figures = [_interval(cells.get(column, {}).get("iqm_score_percent")) for column in columns]
-            text.append(f"| all tasks with references of {source}, score_percent | {' | '.join(figures)} |")
-    return "\n".join([*text, ""])
+    joined = {source: cells for source, cells in summary["all"].items() if any(c["tasks"] > 1 for c in cells.values())}
+    for source, cells in joined.items():
+        figures = [_interval(cells.get(column, {}).get("iqm_score_percent")) for column in columns]
+        text.append(f"| all tasks with references of {source}, score_percent | {' | '.join(figures)} |")
+    return "\n".join([*text, *(("", _OVER_ALL) if joined else ()), ""])
 
 
 def by_policy(summary: dict[str, Any]) -> str:
@@ -137,14 +141,30 @@ def by_policy(summary: dict[str, Any]) -> str:
 
 
 def _trimmed(*samples: np.ndarray, axis: int = -1) -> Any:
-    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+    """Mean without the best and the worst quarter of the weight, each sample having the same weight in all.
+
+    Of samples of equal sizes it is scipy's `trim_mean`, which rliable takes: a quarter is rounded down to whole values.
+    """
+    values = np.concatenate(samples, axis=axis)  # scipy's bootstrap gives the last one
+    count = values.shape[-1]
+    weights = np.concatenate([np.full(n, 1 / n / len(samples)) for n in (sample.shape[-1] for sample in samples)])
+    order = np.argsort(values, axis=-1)
+    ends, cut = np.cumsum(weights[order], axis=-1), count // 4 / count
+    kept = np.clip(ends, cut, 1 - cut) - np.clip(ends - weights[order], cut, 1 - cut)
+    return (np.take_along_axis(values, order, -1) * kept).sum(-1) / (1 - 2 * cut)
 
 
-def _source(task: str, rows: Sequence[Row]) -> str:
-    sources = sorted({str(row.detail.get("references")) for row in rows})
-    if len(sources) > 1:
-        raise DataError(f"{task}: scores against the references of {' and of '.join(sources)} cannot be averaged")
-    return sources[0]
+def _sources(rows: Sequence[Row]) -> dict[str, str]:
+    """Whose references each task's rows are scored against, by task; those without a score are left out."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if "score_percent" in row.detail:
+            source = str(row.detail.get("references"))
+            if found.setdefault(row.task, source) != source:
+                raise DataError(
+                    f"{row.task}: scores against the references of {found[row.task]} and of {source} cannot be averaged"
+                )
+    return found
 
 
 def _interval(estimate: dict[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from namm_transfer.adapters import adapt
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.offline_rl.host import check_fits, load_host, packaged_hosts
@@ -226,4 +227,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with plain_errors():
+        typer.run(main)

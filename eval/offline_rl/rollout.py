@@ -35,7 +35,7 @@ class RandomAgent:
     """Actions drawn uniformly from the action space: the floor of every score."""
 
     def __init__(self, envs: VectorEnv, generator: np.random.Generator) -> None:
-        self.low, self.high = _action_bounds(envs)
+        self.low, self.high = action_bounds(envs)
         self.generator = generator
 
     def reset(self, rows: NDArray[np.intp]) -> None:
@@ -62,7 +62,7 @@ def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
     """Make `num_envs` copies of a registered environment that reset only when told to.
 
     Raises:
-        ConfigError: `num_envs` is less than 1, or gymnasium does not know `env_id`.
+        ConfigError: `num_envs` is less than 1, or gymnasium does not know `env_id` or no longer has it.
     """
     if num_envs < 1:
         raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
@@ -70,10 +70,13 @@ def make_envs(env_id: str, num_envs: int) -> SyncVectorEnv:
         spec = gymnasium.spec(env_id)
     except gymnasium.error.Error as error:
         raise ConfigError(f"gymnasium knows no environment {env_id!r}: {error}") from error
-    return SyncVectorEnv(
-        [lambda: gymnasium.make(spec, disable_env_checker=True)] * num_envs,
-        autoreset_mode=AutoresetMode.DISABLED,
-    )
+    try:
+        return SyncVectorEnv(
+            [lambda: gymnasium.make(spec, disable_env_checker=True)] * num_envs,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
+    except (ImportError, gymnasium.error.Error) as error:  # v2 and v3 of MuJoCo's are still listed
+        raise ConfigError(f"the environment {env_id!r} cannot be made: {error}") from error
 
 
 def rollout(agent: Agent, envs: VectorEnv, seeds: Iterable[int]) -> Iterator[EpisodeRecord]:
@@ -105,7 +108,7 @@ def play(agent: Agent, envs: VectorEnv, seeds: Iterable[int]) -> Iterator[Episod
             f"the vector environment's autoreset_mode is {mode}; expected {AutoresetMode.DISABLED} "
             "(make_envs sets it): only then can every episode start from its own seed"
         )
-    low, _ = _action_bounds(envs)
+    low, _ = action_bounds(envs)
     shape = (envs.num_envs, len(low))
     queue = iter(seeds)
     rows: list[_Row | None] = [_next_row(queue) for _ in range(envs.num_envs)]
@@ -166,7 +169,12 @@ def _next_row(queue: Iterator[int]) -> _Row | None:
     return None if seed is None else _Row(seed)
 
 
-def _action_bounds(envs: VectorEnv) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+def action_bounds(envs: VectorEnv) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The least and the greatest values [A] of an action.
+
+    Raises:
+        ConfigError: actions are no vectors of numbers.
+    """
     space = envs.single_action_space
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         raise ConfigError(f"the action space is {space}; expected a one-dimensional Box")

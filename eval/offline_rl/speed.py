@@ -9,23 +9,24 @@ agent's own time (`act`, and starting episodes); with MuJoCo's is told beside it
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
 from namm_transfer import NAMM, policy
 from namm_transfer.adapters import adapt
+from namm_transfer.cli import plain_errors
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.eval.offline_rl.agent import MemoryAgent
 from namm_transfer.eval.offline_rl.host import load_host
@@ -187,18 +188,19 @@ def _shown(quartiles: list[float] | None, unit: str = "") -> str:
     return f"{quartiles[0]:.2f}{unit} [{quartiles[1]:.2f}, {quartiles[2]:.2f}]"
 
 
-def main() -> None:
-    """Measure with the default settings, print the table, and write `speed.json` and `table.md`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=SpeedConfig.turns)
-    arguments = parser.parse_args()
-    result = measure_speed(SpeedConfig(turns=arguments.turns))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.out / "speed.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(arguments.out / "table.md", table(result))
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for speed.json and table.md.")],
+    turns: Annotated[int, typer.Option(help="Of every agent; medians are over them.")] = SpeedConfig.turns,
+) -> None:
+    """How many steps a second a host takes with a memory, and with its window recomputed at every step."""
+    config = SpeedConfig(turns=turns)
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before anything is measured
+    result = measure_speed(config)
+    write_atomically(out / "speed.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(out / "table.md", table(result))
     Console().print(table(result))
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        typer.run(main)

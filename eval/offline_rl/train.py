@@ -22,7 +22,8 @@ from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.offline_rl.batches import Batch, WindowSampler
 from namm_transfer.eval.offline_rl.behaviour import environment_of
-from namm_transfer.eval.offline_rl.data import DATA, data_of, policy_of, return_to_ask
+from namm_transfer.eval.offline_rl.collect import MEASURED_SEEDS
+from namm_transfer.eval.offline_rl.data import DATA, POLICIES, data_of, policy_of, return_to_ask
 from namm_transfer.eval.offline_rl.episodes import Episode
 from namm_transfer.eval.offline_rl.host import Normalisation, save_host
 from namm_transfer.eval.offline_rl.measure import measure_host, measure_policy
@@ -40,8 +41,9 @@ class TrainingConfig:
     is `data` of it (see `data`), of which a policy's episodes are collected first, `data_timesteps` long; or
     `episodes`, files or data sets (see `sources`). `folder` receives the checkpoint, `host` the finished model.
     `contexts` pairs a window length with its share of the steps. Every step sees `timesteps_per_step`
-    timesteps, whatever the length. `target_return` is what the host will ask for: by default what `return_to_ask` of
-    `data` says, for other episodes the best policy's mean return.
+    timesteps, whatever the length. `dataset` is the Minari id that a policy's episodes are collected under, where
+    `namm-transfer/ENVIRONMENT/DATA-v0` is another run's already. `target_return` is what the host will ask for: by
+    default what `return_to_ask` of `data` says, for other episodes the best policy's mean return.
     """
 
     behaviour: Path
@@ -49,6 +51,7 @@ class TrainingConfig:
     host: Path
     data: str | None = None
     data_timesteps: int = 200_000
+    dataset: str | None = None
     episodes: tuple[Path, ...] = ()
     steps: int = 1_500
     contexts: tuple[tuple[int, float], ...] = ((20, 0.5), (64, 0.2), (128, 0.15), (256, 0.15))
@@ -75,6 +78,8 @@ class TrainingConfig:
             raise ConfigError(f"give either data, one of {', '.join(DATA)}, or episodes, a list of files or data sets")
         if self.data is not None and self.data not in DATA:
             raise ConfigError(f"data is {self.data!r}; expected one of {', '.join(DATA)}")
+        if self.dataset is not None and self.data not in POLICIES:
+            raise ConfigError(f"dataset is read with data={' or data='.join(POLICIES)} only; got {self.dataset!r}")
         shares = [share for _, share in self.contexts]
         if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ConfigError(f"the shares of contexts {self.contexts} have to be >= 0 and add up to 1")
@@ -100,7 +105,10 @@ def train_decision_transformer(config: TrainingConfig, *, progress: bool = True)
     env_id = environment_of(config.behaviour)
     sources: tuple[Path | str, ...] = config.episodes
     if config.data is not None:
-        sources = (data_of(config.behaviour, config.data, config.data_timesteps, progress=progress),)
+        collected = data_of(
+            config.behaviour, config.data, config.data_timesteps, dataset=config.dataset, progress=progress
+        )
+        sources = (collected,)
     read = {source: read_episodes(source) for source in sources}
     episodes = [episode for found in read.values() for episode in found]
     longest = max(episode.length for episode in episodes)
@@ -110,7 +118,7 @@ def train_decision_transformer(config: TrainingConfig, *, progress: bool = True)
         check_environment(source, found, env_id)
     sampler = WindowSampler(episodes, config.return_scale, config.start_fraction)
     model, losses, seconds = _fit(config, sampler, progress)
-    seeds = range(20_000_000, 20_000_000 + config.evaluation_episodes)  # no episode of the data has these
+    seeds = range(MEASURED_SEEDS, MEASURED_SEEDS + config.evaluation_episodes)
     num_envs = config.evaluation_episodes
     random, behaviour = (
         measure_policy(policy, env_id, seeds, num_envs, progress=progress)
@@ -236,6 +244,7 @@ def _settings(config: TrainingConfig, sampler: WindowSampler) -> str:
     """What a checkpoint depends on, as text: not the places, nor what is only measured afterwards."""
     neutral = replace(config, behaviour=Path(), folder=Path(), host=Path(), window=1, target_return=None)
     fields = asdict(replace(neutral, evaluation_episodes=1))
+    del fields["dataset"]  # a place, too; checkpoints from before there was one go on
     learned = (sampler.states, sampler.actions, sampler.returns_to_go, sampler.lengths)
     fields["episodes"] = sha256(b"".join(np.ascontiguousarray(array).data for array in learned)).hexdigest()[:16]
     fields["behaviour"] = digest(policy_of(config.behaviour))
@@ -251,7 +260,8 @@ def _write_record(
     results: dict[str, ReturnSummary],
 ) -> None:
     """Write training.json: settings, data, loss and measured returns; no paths, which are a machine's."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("behaviour", "episodes", "folder", "host")}
+    places = ("behaviour", "episodes", "folder", "host", "dataset")
+    settings = {k: v for k, v in asdict(config).items() if k not in places}
     settings |= {"env_id": normalisation.env_id, "target_return": normalisation.target_return}
     returns = np.array([episode.return_raw for episode in episodes])
     quantiles = np.quantile(returns, (0, 0.25, 0.5, 0.75, 1)).tolist()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from namm_transfer import NAMM, MemoryCache, adapt, policy
@@ -113,6 +115,53 @@ def test_each_row_is_exactly_as_alone(model, name: str) -> None:
             assert torch.equal(host.stats().retained[:, 0], retained[:, row])
 
 
+class Noise(gymnasium.Env):
+    """Random observations and rewards; a row that falls ends its first episode after 20 timesteps."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (O,), np.float64)
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (A,), np.float32)
+
+    def __init__(self, falls: bool) -> None:
+        self.falls, self.generator = falls, np.random.default_rng(int(falls))
+
+    def reset(self, *, seed=None, options=None) -> tuple[np.ndarray, dict]:
+        self.t = 0
+        return self.generator.standard_normal(O), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        fell = self.falls and self.t == 20
+        self.falls = self.falls and not fell
+        return self.generator.standard_normal(O), float(self.generator.standard_normal()), fell, False, {}
+
+
+def test_environments_that_reset_in_the_next_step_are_played_to_the_models_last_timestep(model) -> None:
+    """Row 0 ends by the time limit, row 1 earlier too; each episode is as one that began with `reset`."""
+    limit = model.config.max_ep_len
+    makes = [lambda falls=falls: gymnasium.wrappers.TimeLimit(Noise(falls), limit) for falls in (False, True)]
+    envs = SyncVectorEnv(makes, autoreset_mode=AutoresetMode.NEXT_STEP)
+    played = [[[]], [[]]]  # row, episode, timestep: observation, reward before it, action
+    with adapt(model, policy("h2o", budget=0.4), update_interval=16, normalisation=NORMALISATION) as host:
+        host.reset(2)
+        observation, reward = envs.reset()[0], None
+        done = np.zeros(2, bool)
+        for _ in range(2 * limit + 10):
+            action = host.act(observation, reward)
+            for row in np.flatnonzero(~done):
+                played[row][-1].append((observation[row], 0.0 if reward is None else reward[row], action[row]))
+            observation, reward, terminated, truncated, _ = envs.step(action)
+            ignored, done = done, terminated | truncated
+            host.reset_rows(ignored | done)
+            for row in np.flatnonzero(done):
+                played[row].append([])
+        assert [[len(episode) for episode in row] for row in played] == [[limit, limit, 8], [20, limit, 52]]
+        for episode in (episode for row in played for episode in row):
+            host.reset(1)
+            for shown, earned, acted in episode:
+                np.testing.assert_allclose(host.act(shown[None], [earned])[0], acted, atol=1e-5)
+    envs.close()
+
+
 def test_arrays_give_arrays_and_tensors_tensors(model) -> None:
     observations, _ = stream(2)
     with adapt(model, policy("full"), normalisation=NORMALISATION) as host:
@@ -157,6 +206,7 @@ def test_an_error_changes_nothing(model) -> None:
                 (broken, rewards[t], r"rows \[1\] hold values that are NaN"),
                 (observations[t, :, :4], rewards[t], r"expected observations \(2, 5\).*got \(2, 4\)"),
                 (observations[t, :1], rewards[t], r"got \(1, 5\)"),
+                (observations[t] * [[1.0], [1e38]], rewards[t], r"rows \[1\] are too large for the model"),
             ):
                 with pytest.raises(DataError, match=message):
                     host.act(bad, earned)
@@ -185,11 +235,12 @@ def test_what_is_missing_or_does_not_fit_is_told(model) -> None:
     with adapt(model, policy("full"), normalisation=NORMALISATION) as host:
         with pytest.raises(CacheError, match="reset"):
             host.reset_rows([0])
-        with pytest.raises(ConfigError, match="rows must be an int"):
-            host.reset(0)
+        for count in (0, True, np.True_, 2.0, "2"):
+            with pytest.raises(ConfigError, match="rows must be an int"):
+                host.reset(count)
         with pytest.raises(DataError, match="one for each of 2 rows"):
             host.reset(2, target_return=[1.0, 2.0, 3.0])
-        host.reset(2)
+        host.reset(np.int64(2), target_return=torch.tensor([1.0, 2.0], requires_grad=True))
         host.reset_rows([])
         for rows in ([2], [-1], [0.5], [[0]], [1, 1], [[0], [1, 2]], "all"):
             with pytest.raises(DataError, match="reset_rows"):
@@ -197,11 +248,50 @@ def test_what_is_missing_or_does_not_fit_is_told(model) -> None:
         host.reset(3)
         with pytest.raises(DataError, match="a mask of bool"):
             host.reset_rows(torch.tensor([0, 1, 1], dtype=torch.uint8))
+    for wrong in (vars(NORMALISATION), "normalisation.json"):
+        with pytest.raises(ConfigError, match=r"without state_mean, .*such as the one that load_host returns"):
+            adapt(model, policy("full"), normalisation=wrong)
     for change in ({"state_std": (0.0,) * 5}, {"return_scale": -1.0}, {"state_mean": (np.nan,) * 5}):
         with pytest.raises(ConfigError, match="must be finite, its deviations and scale positive"):
             adapt(model, policy("full"), normalisation=SimpleNamespace(**{**vars(NORMALISATION), **change}))
     with adapt(model, policy("full")) as host, pytest.raises(ConfigError, match="target_return is raw"):
         host.reset(2, target_return=3.0)
+
+
+def test_a_host_that_is_not_laid_over_its_model_says_so(model) -> None:
+    host = adapt(model, policy("full"), normalisation=NORMALISATION)
+    host.reset(2)
+    for call in (lambda: host.act(np.zeros((2, O))), lambda: host(states=torch.zeros(1, 1, O))):
+        with pytest.raises(CacheError, match="use the host inside its with block"):
+            call()
+
+
+def test_weights_that_give_no_actions_end_the_episodes(model) -> None:
+    broken = copy.deepcopy(model)
+    broken.encoder.h[1].mlp.c_fc.bias.fill_(np.nan)
+    with adapt(broken, policy("full"), normalisation=NORMALISATION) as host:
+        host.reset(2)
+        with pytest.raises(DataError, match="actions are NaN or infinite"):
+            host.act(np.zeros((2, O)))
+        with pytest.raises(CacheError, match="no episode yet"):
+            host.act(np.zeros((2, O)))
+
+
+def test_step_takes_arrays_and_lists(model) -> None:
+    states = np.random.default_rng(0).standard_normal((2, O)).astype(np.float32)
+    found = []
+    with adapt(model, policy("full")) as host:
+        for given, to_go in (
+            (torch.from_numpy(states), torch.ones(2)),
+            (states, np.ones(2)),
+            (states.tolist(), [1, 1]),
+            (torch.from_numpy(states).requires_grad_(), torch.ones(2)),
+        ):
+            host.reset(2)
+            found.append(host.step(given, to_go))
+        with pytest.raises(DataError, match="expected states as an array of numbers"):
+            host.step(None, [1, 1])
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 @pytest.mark.parametrize("bad", [None, {"a": 1}, [[1.0], [1.0, 2.0]], np.full((2, O), None), [["x"] * O] * 2])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from namm_transfer import adapt, policy
-from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.errors import CheckpointError, ConfigError, NammTransferError
 from namm_transfer.eval.offline_rl import host as hosts
 from namm_transfer.eval.offline_rl.agent import MemoryAgent
 from namm_transfer.eval.offline_rl.host import PACKAGED_HOST, load_host, packaged_hosts, save_host
@@ -51,6 +51,35 @@ def test_an_unknown_name_is_told_what_there_is() -> None:
     settings = {"path": "hoper", "device": "cpu", "update_interval": 48}
     with pytest.raises(CheckpointError, match=r"no host model in hoper.*model\.path=hopper-v5-noise"):
         Episodes("hopper", settings, 1)
+
+
+def test_a_name_that_is_a_folder_too_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = copy.rename(copy.with_name("hopper-v5-medium"))
+    (own / "normalisation.json").write_text((own / "normalisation.json").read_text().replace("Hopper-v5", "Mine-v0"))
+    monkeypatch.chdir(own.parent)
+    with pytest.raises(ConfigError, match=r"'hopper-v5-medium' is a packaged .*write \./hopper-v5-medium"):
+        load_host("hopper-v5-medium")
+    for path in ("./hopper-v5-medium", Path("hopper-v5-medium"), own):
+        assert load_host(path)[1].env_id == "Mine-v0"
+    monkeypatch.chdir(own)
+    assert load_host("hopper-v5-medium")[1].env_id == "Hopper-v5"
+    with pytest.raises(CheckpointError, match="no decision transformer 'hopper-v5-medium'"):
+        load_host(Path("hopper-v5-medium"))
+
+
+def test_settings_of_the_packaged_host_are_checked_before_a_run(tmp_path: Path) -> None:
+    settings = {"path": "packaged", "device": "cpu", "update_interval": 48, "host": None, "normalisation": None}
+    Episodes("hopper", settings, 1)
+    for change, message in (
+        ({"target_return": float("nan")}, "target_return is nan; expected a finite number"),
+        ({"target_return": float("inf")}, "target_return is inf; expected a finite number"),
+        ({"normalisation": 5}, "normalisation is 5; expected text"),
+        ({"normalisation": str(tmp_path / "absent.json")}, "no normalisation record"),
+        ({"host": "walker2d-medium"}, "is of Hopper-v5, but model.host names walker2d-medium"),
+        ({"path": "hub"}, "the path hub needs to be told which host: task.model.host="),
+    ):
+        with pytest.raises(NammTransferError, match=message):
+            Episodes("hopper", settings | change, 1)
 
 
 def test_a_task_names_its_host_and_the_window_of_the_baseline(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +157,9 @@ def test_absent_tensor_is_refused(copy: Path) -> None:
         ({"state_mean": [0.0] * 17, "state_std": [1.0] * 17}, "the model takes 11"),
         ({"window": 0}, "window is 0"),
         ({"random": {"mean": 1.0}}, "no normalisation record"),
+        ({"random": 5}, "no normalisation record"),
+        ({"random": {"mean": "high", "std": 1.0, "n": 2}}, "no normalisation record"),
+        ({"behaviour": {"mean": float("nan"), "std": 1.0, "n": 2}}, "the mean return of random or behaviour"),
         ({"unit": "cm"}, "no normalisation record"),
     ],
 )

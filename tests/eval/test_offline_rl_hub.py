@@ -139,6 +139,14 @@ def test_a_named_host_that_the_folder_does_not_hold_is_refused(tmp_path: Path) -
         load_host("hopper-v5-medium", host="hopper-medium")
 
 
+def test_a_card_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    write_host(tmp_path, 11, 3, card=None)
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    for host in (None, "hopper-medium"):
+        with pytest.raises(CheckpointError, match=r"README\.md cannot be read"):
+            load_host(tmp_path, host=host)
+
+
 def test_what_a_folder_lacks_is_told(tmp_path: Path) -> None:
     write_host(tmp_path, 11, 3, card=None)
     with pytest.raises(CheckpointError, match="no normalisation.json and no model card"):
@@ -224,6 +232,18 @@ def test_the_command_line(offline: None, tmp_path: Path, monkeypatch: pytest.Mon
     assert misspelt.exit_code == 2
     assert "the nearest is 'offline_rl/hopper-medium'" in misspelt.output
     folder = write_host(tmp_path / "host", 11, 3, card=None, old=True)
+    bare = CliRunner().invoke(app, ["eval", "task=offline_rl/hopper", f"task.model.path={folder}", "policy=full"])
+    assert bare.exit_code == 2
+    assert "name a known host as model.host (task.model.host=hopper-medium)" in bare.output
+    told = (
+        "eval",
+        "task=offline_rl/hopper",
+        "task.episodes=1",
+        "task.model.host=hopper-medium",
+        "policy=full",
+        "out=a",
+    )
+    assert CliRunner().invoke(app, [*told, f"task.model.path={folder}"]).exit_code == 0
     done = CliRunner().invoke(app, [*COMMAND, f"task.model.path={folder}", "task.model.update_interval=16", "out=run"])
     assert done.exit_code == 0, done.output
     summary = (tmp_path / "run" / "summary.md").read_text()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -17,6 +20,7 @@ from namm_transfer import policy
 from namm_transfer.cli import app
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.inspect import inspect
+from namm_transfer.eval.offline_rl import kept as kept_module
 from namm_transfer.eval.offline_rl.agent import KINDS, WatchedEpisode
 from namm_transfer.eval.offline_rl.drawing import Robot, robot_of
 from namm_transfer.eval.offline_rl.episode_pictures import strips
@@ -24,7 +28,9 @@ from namm_transfer.eval.offline_rl.episodes import Episode
 from namm_transfer.eval.offline_rl.falls import HEALTHY, margin, near_falls
 from namm_transfer.eval.offline_rl.kept import AROUND, kept_of, measure_kept, summarise
 from namm_transfer.eval.offline_rl.kept_report import draw, table
+from namm_transfer.eval.rl_tasks import Episodes
 from namm_transfer.eval.video import decode
+from namm_transfer.eval.workers import build_policy
 
 NOTHING = np.zeros((0, 0, 4), np.float32)
 
@@ -134,7 +140,7 @@ def settings(task, **more) -> dict:
     return {"_target_": "namm_transfer.eval.rl_tasks.Episodes", **asdict(task), **more}
 
 
-def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path) -> None:
+def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "task": settings(episodes, episodes=2),
         "namms": {"namm": str(tiny_hosts / "namm")},
@@ -143,7 +149,9 @@ def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path) -> None:
     }
     found = measure_kept(config, Console(file=io.StringIO()))
     assert [*found] == ["namm", "streaming"]
-    assert found["streaming"]["policy"]["budget"] == pytest.approx(found["namm"]["kept_fraction"]["value"], abs=1e-4)
+    task, namm = Episodes(**{key: x for key, x in config["task"].items() if key != "_target_"}), found["namm"]["policy"]
+    outcomes = list(task.evaluate(task.units(0), build_policy(namm), 0))
+    assert found["streaming"]["policy"]["budget"] == pytest.approx(np.mean([o.kept_at_updates for o in outcomes]))
     assert sum(share["value"] for share in found["namm"]["share_of_kept_by_kind"].values()) == pytest.approx(1)
     assert len(table(found).splitlines()) > 4
     draw(found, AROUND, tmp_path / "kept.png")
@@ -152,6 +160,46 @@ def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path) -> None:
     assert ranked["policy"]["budget"] == 0.5
     with pytest.raises(ConfigError, match="needs a column 'namm'"):
         measure_kept(config | {"namms": {}}, Console())
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="h20"):
+        patch.setattr(Episodes, "watch", None)  # nothing is played
+        measure_kept(config | {"rules": ["streaming", "h20"]}, Console())
+
+
+def test_the_command_says_what_is_wrong_before_it_plays(
+    tiny_hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["task=offline_rl/hopper", f"task.model.path={tiny_hosts / 'dt'}", "task.episodes=1", "rules=[]"]
+    app = typer.Typer()
+    app.command()(kept_module.main)
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_module, "measure_kept", None)  # nothing is played
+        for out, more, message in (
+            ("out", "thresholds=[0.5]", "thresholds is a setting of a study and is not read here"),
+            ("out", "budgets=[0.5]", "not read here: give --budget"),
+            ("file/out", "seed=0", "Not a directory"),
+        ):
+            failed = CliRunner().invoke(app, ["--out", str(tmp_path / out), *arguments, more])
+            assert message in str(failed.exception)
+    arguments += [f"namms.namm={tiny_hosts / 'namm'}", "task.model.update_interval=16"]
+    done = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 0, done.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"kept.json", "kept.png", "table.md", "provenance.json"}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("module", ["kept", "returns", "speed"])
+def test_a_module_that_is_run_tells_an_error_as_one_message(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    more = ["--host", "hopper-v5-medium", "--start", "default"] if module == "returns" else []
+    monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "file" / "out"), *more])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(f"namm_transfer.eval.offline_rl.{module}", run_name="__main__")
+    assert left.value.code == 2
+    assert "error: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"])

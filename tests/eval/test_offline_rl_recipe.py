@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.offline_rl import collect, data, measure
@@ -94,9 +95,26 @@ def test_a_data_set_is_collected_once_and_never_taken_for_another(config: Collec
             collect_episodes(replace(moved, **{name: value}), progress=False)
 
 
+def test_the_environment_is_that_of_the_policy(config: CollectionConfig, tmp_path: Path) -> None:
+    source = collect_episodes(replace(config, env_id=None), progress=False)
+    assert collect_episodes(config, progress=False) == source  # the same settings
+    elsewhere = config.policy.rename(tmp_path / "moved.zip")
+    with pytest.raises(ConfigError, match=r"env_id has no value, and .* has no config\.json .*moved\.zip"):
+        collect_episodes(replace(config, policy=elsewhere, env_id=None), progress=False)
+
+
 def test_what_cannot_be_collected_is_told(config: CollectionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="'no id!' is no id of a Minari data set"):
         collect_episodes(replace(config, dataset="no id!"), progress=False)
+    with pytest.raises(ConfigError, match=r"env_id is Walker2d-v5, but .*policy\.zip was trained in Hopper-v5"):
+        collect_episodes(replace(config, env_id="Walker2d-v5"), progress=False)
+    for seed, levels, message in (
+        (-1, (), "seed is -1 with 0 noise levels; expected 0 to 19000000"),
+        (18_000_001, (0.0, 0.1), "expected 0 to 18000000"),
+        (0, tuple(0.01 * i for i in range(21)), "expected 20 levels at most"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(config, seed=seed, noise_levels=levels)
     with pytest.raises(ConfigError, match="no environment 'Hoper-v5'"):
         collect_episodes(replace(config, env_id="Hoper-v5"), progress=False)
     with pytest.raises(ConfigError, match="noise_levels"):
@@ -170,6 +188,20 @@ def test_one_command_makes_a_host_of_a_behaviour_run(behaviour: Path, kind: str)
     wanted = 30.0 if kind == "medium-replay" else normalisation.behaviour.mean
     assert normalisation.target_return == record["settings"]["target_return"] == pytest.approx(wanted)
     assert "behaviour" not in record["settings"]  # no places of a machine
+
+
+def test_a_second_run_of_an_environment_takes_another_id(behaviour: Path) -> None:
+    config = training(behaviour, "expert")
+    train_decision_transformer(config, progress=False)
+    (behaviour / "policy.zip").write_bytes(b"of another run")
+    config = replace(config, folder=behaviour.parent / "second", host=behaviour.parent / "second-host")
+    with pytest.raises(ConfigError, match=r"'namm-transfer/hopper-v5/expert-v0' is there.*another id \(dataset=ID\)"):
+        train_decision_transformer(config, progress=False)
+    config = replace(config, dataset="namm-transfer/hopper-v5/second-v0")
+    train_decision_transformer(config, progress=False)
+    assert read_episodes("minari:namm-transfer/hopper-v5/second-v0")
+    assert "dataset" not in json.loads((config.host / "training.json").read_text())["settings"]
+    assert "dataset" not in torch.load(config.folder / "checkpoint.pt")["settings"]  # as before there was one
 
 
 def test_a_medium_host_is_asked_for_what_its_policy_earns(behaviour: Path, monkeypatch: pytest.MonkeyPatch) -> None:

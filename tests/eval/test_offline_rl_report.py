@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from namm_transfer.errors import DataError
 from namm_transfer.eval.offline_rl.report import interquartile_mean, markdown, summarise
@@ -19,6 +20,16 @@ def test_the_middle_half_is_averaged() -> None:
     assert found.low < 3.5 < found.high
     assert found.units == 8
     assert interquartile_mean([[100.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, -100.0]]).value == pytest.approx(3.5)
+
+
+def test_a_task_with_more_episodes_weighs_as_much_as_another() -> None:
+    few, many = [0.0, 1.0, 2.0, 3.0], [10.0 + i % 4 for i in range(400)]
+    found = interquartile_mean([few, many])
+    assert found.value == pytest.approx(interquartile_mean([few, [10.0, 11.0, 12.0, 13.0]]).value)
+    assert found.units == 404
+    for size in range(1, 12):
+        values = np.random.default_rng(size).normal(size=size)
+        assert interquartile_mean([values.tolist()]).value == pytest.approx(stats.trim_mean(values, 0.25))
 
 
 def test_intervals_agree_with_rliable() -> None:
@@ -91,6 +102,17 @@ def test_summary_has_returns_and_scores_by_task_and_over_all() -> None:
     assert "| all tasks with references of D4RL, score_percent | 40.0 [" in text
 
 
+def test_only_policies_that_have_every_task_are_compared_over_all() -> None:
+    some = [row for row in rows() if (row.task, row.policy) != ("offline_rl/walker2d-medium", "namm")]
+    summary = summarise(some, ["full", "namm"])
+    assert [*summary["all"]["D4RL"]] == ["full"]
+    text = markdown(summary)
+    assert "| all tasks with references of D4RL, score_percent | 40.0 [" in text
+    assert text.splitlines()[-3].endswith("] | – |")
+    assert "only policies that have every one of them" in text
+    assert "only policies" not in markdown(summarise([row for row in some if "hopper" in row.task]))
+
+
 def test_scores_of_other_references_are_kept_apart() -> None:
     own = [episode("full", 10.0 * unit, unit, "offline_rl/hopper", "the host's own") for unit in range(4)]
     summary = summarise([*rows(), *own])
@@ -102,6 +124,9 @@ def test_scores_of_other_references_are_kept_apart() -> None:
     mixed = replace(rows()[0], detail={"score_percent": 1.0, "references": "the host's own"})
     with pytest.raises(DataError, match="cannot be averaged"):
         summarise([*rows(), mixed])
+    other = [replace(row, policy="h2o", detail={"score_percent": 1.0, "references": "Minari"}) for row in rows()]
+    with pytest.raises(DataError, match="hopper-medium: scores against the references of D4RL and of Minari"):
+        summarise([*rows(), *other])
 
 
 def test_other_tasks_and_rows_without_scores_have_no_section() -> None:

@@ -14,7 +14,13 @@ import torch
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
 from namm_transfer.eval.offline_rl import train
 from namm_transfer.eval.offline_rl.batches import WindowSampler
-from namm_transfer.eval.offline_rl.behaviour import BehaviourConfig, load_behaviour, replayed, train_behaviour
+from namm_transfer.eval.offline_rl.behaviour import (
+    BehaviourConfig,
+    load_behaviour,
+    read_progress,
+    replayed,
+    train_behaviour,
+)
 from namm_transfer.eval.offline_rl.episodes import Episode, save_episodes
 from namm_transfer.eval.offline_rl.sources import check_environment
 from namm_transfer.eval.offline_rl.train import TrainingConfig
@@ -159,6 +165,7 @@ def test_episode_longer_than_the_model_is_refused(config: TrainingConfig) -> Non
         {"heads": 3},
         {"data": "expert"},  # beside episodes
         {"data": "good", "episodes": ()},
+        {"data": "medium-replay", "episodes": (), "dataset": "mine/hopper-v0"},
         {"episodes": ()},
     ],
 )
@@ -177,6 +184,38 @@ def test_behaviour_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"env_id": "Walker2d-v5"}')
     with pytest.raises(ConfigError, match="other values of env_id"):
         train_behaviour(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Hoper-v5", "no environment 'Hoper-v5'"),
+        ("Hopper-v3", "'Hopper-v3' cannot be made"),
+        ("CartPole-v1", "expected a one-dimensional Box"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_environment_leaves_the_folder_free(tmp_path: Path, env_id: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_behaviour(BehaviourConfig(output=tmp_path / "run", env_id=env_id), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_behaviour_run_ends_at_its_timesteps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a multiple of the timesteps between two evaluations, nor of those between two updates."""
+    pytest.importorskip("sbx")
+    config = BehaviourConfig(
+        output=tmp_path, env_id="InvertedPendulum-v5", timesteps=109, evaluate_every=48, evaluation_episodes=1,
+        medium_return=0.0, learning_starts=1_000,
+    )  # fmt: skip
+    train_behaviour(config)
+    assert [row["timesteps"] for row in read_progress(tmp_path)] == [48, 96, 112]
+    assert "stopped at 112 timesteps: as many as asked for" in capsys.readouterr().out
+    assert (tmp_path / "medium-replay.npz").is_file()
+    train_behaviour(replace(config, stop_return=0.5))
+    assert "the best return reached stop_return" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(ConfigError, match="timesteps is 113, but the run in .* fewer than 113"):
+        train_behaviour(replace(config, timesteps=113), progress=False)
 
 
 def test_a_replay_buffer_becomes_its_whole_episodes() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval.results import RunFolder
 from namm_transfer.eval.runner import Run
-from namm_transfer.eval.workers import use_workers
+from namm_transfer.eval.workers import build_task, use_workers
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 
 HERE = Path(__file__).parent
@@ -122,6 +122,11 @@ def test_what_a_worker_raises_is_raised_here(config, tmp_path):
     run.config["tasks"]["two"]["clips"] = 0  # found out only where it is built again
     with pytest.raises(ConfigError, match="clips is 0; expected at least 1"):
         run(CONSOLE)
+
+
+def test_why_a_task_cannot_be_built_is_told(config):
+    with pytest.raises(ConfigError, match=r"cannot build the task: .*FakeTask.*unexpected keyword argument 'colour'"):
+        build_task(config["tasks"]["one"] | {"colour": 3})
 
 
 @pytest.mark.parametrize("workers", [0, -1, True, "2", None])
