@@ -101,8 +101,7 @@ def stream(
         VideoError: as of :func:`decode`; faults behind the first frames come while iterating.
     """
     for name, value, least in (("batch", batch, 1), ("start", start, 0), ("ahead", ahead, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
+        _check_count(name, value, least)
     file = probe(path)
     return VideoStream(file, _choose(file, fps=fps), batch, start, ahead)
 
@@ -322,9 +321,9 @@ def _choose(
     return chosen
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"expected {name} to be an integer of at least 1, got {value!r}")
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
 def _vector(name: str, values: Any, kinds: str) -> np.ndarray:
