@@ -27,7 +27,9 @@ _TEXT, _VIDEO = 0, 2
 def has_grid(model: PreTrainedModel) -> bool:
     """Whether videos come as patches with ``video_grid_thw``."""
     base = _base(model)
-    return hasattr(base, "get_rope_index") and "video_grid_thw" in inspect.signature(base.get_video_features).parameters
+    if not (hasattr(base, "get_rope_index") and hasattr(base, "get_video_features")):
+        return False
+    return "video_grid_thw" in inspect.signature(base.get_video_features).parameters
 
 
 def frames_of_step(model: PreTrainedModel) -> int:
