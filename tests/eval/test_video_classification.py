@@ -14,10 +14,10 @@ from namm_transfer.eval.video_classification.clips import FRAMES, MOTIONS, SIDE,
 from namm_transfer.eval.video_classification.evaluate import accuracy_by_motion
 from namm_transfer.eval.video_classification.host import (
     ARCHITECTURES,
+    PACKAGED_HOSTS,
     VideoEncoderProcessor,
     build_model,
     load_host,
-    packaged,
     save_host,
     token_grid,
 )
@@ -178,7 +178,7 @@ def test_packaged_clips_are_what_their_seeds_say() -> None:
 
 @pytest.mark.parametrize(("architecture", "least"), [("vivit", 0.95), ("videomae", 0.8), ("timm_vit", 0.95)])
 def test_packaged_host_names_packaged_motions(architecture: str, least: float) -> None:
-    folder = packaged(architecture)
+    folder = PACKAGED_HOSTS[architecture]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
     figures = accuracy_by_motion(*load_host(folder), packaged_clips(), total=24)
     assert figures["all"]["n"] == 24
