@@ -184,7 +184,7 @@ BROKEN: dict[str, tuple[Maker, str]] = {
                      path.write_bytes(_box(path.read_bytes(), b"mdat", 0x7FFFFFFF)), "not a readable video"),
     "noise within.mp4": (lambda path, long: path.write_bytes(_damaged(long["mp4"], 0.5, 900)), "."),
     "noise within.mkv": (lambda path, long: path.write_bytes(_damaged(long["mkv"], 0.5, 900)), "."),
-    "little noise.mkv": (lambda path, long: path.write_bytes(_damaged(long["mkv"], 0.5, 40)), "damaged|readable"),
+    "little noise.mkv": (lambda path, long: path.write_bytes(_damaged(long["mkv"], 0.55, 40)), "frame 46 is damaged"),
     "noise within.avi": (lambda path, long: path.write_bytes(_damaged(long["avi"], 0.5, 900)), "."),
     "noise within.webm": (lambda path, long: path.write_bytes(_damaged(long["webm"], 0.5, 900)), "."),
 } | {

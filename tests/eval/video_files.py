@@ -39,7 +39,8 @@ def write(
 ) -> None:
     """Write one file; ``times`` in seconds make a variable frame rate, ``sound`` adds so many seconds of audio."""
     frames = scene() if frames is None else frames
-    with av.open(str(path), "w", format=container, options=settings or {}) as out:
+    # bit-exact: without random identifiers, so that damage at a place is the same damage every time
+    with av.open(str(path), "w", format=container, options={"fflags": "+bitexact"} | (settings or {})) as out:
         if len(frames):
             stream = out.add_stream(codec, rate=rate)
             stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
