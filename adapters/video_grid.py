@@ -18,15 +18,20 @@ from transformers import PreTrainedModel
 from namm_transfer.adapters.video_steps import FrameLayout, Marks
 from namm_transfer.errors import ConfigError
 
-__all__ = ["batch_positions", "behind_video", "check_marks", "frames_of_step", "go_on_at", "has_grid"]
+__all__ = ["base_of", "batch_positions", "behind_video", "check_marks", "frames_of_step", "go_on_at", "has_grid"]
 
 _TEXT, _VIDEO = 0, 2
 """What ``mm_token_type_ids`` holds of a token."""
 
 
+def base_of(model: PreTrainedModel) -> Any:
+    """The model without its head."""
+    return getattr(model, model.base_model_prefix, model)
+
+
 def has_grid(model: PreTrainedModel) -> bool:
     """Whether videos come as patches with ``video_grid_thw``."""
-    base = _base(model)
+    base = base_of(model)
     if not (hasattr(base, "get_rope_index") and hasattr(base, "get_video_features")):
         return False
     return "video_grid_thw" in inspect.signature(base.get_video_features).parameters
@@ -74,9 +79,9 @@ def batch_positions(
     if not layout.one_grid:
         numbered = position + _numbered(model, layout, marks)
         return numbered[..., :-1], int(numbered[0, 0, -1])
-    grid = _grid(layout, frames // layout.step + len(marks))[0]
+    grid = layout.thw(frames // layout.step + len(marks))[0]
     merged = model.config.vision_config.spatial_merge_size
-    found: Tensor = _base(model).get_vision_position_ids(position, grid, 1, merged, _interval(model, layout))
+    found: Tensor = base_of(model).get_vision_position_ids(position, grid, 1, merged, _interval(model, layout))
     return found[:, None, -len(marks) * layout.tokens :].to(model.device), position
 
 
@@ -102,7 +107,7 @@ def go_on_at(model: PreTrainedModel, position: int, mask: Tensor, count: int) ->
         Positions [3, B, L] for a forward call; ``generate`` makes them itself, of what it is told here.
     """
     seen = mask.shape[1] - count
-    _base(model).rope_deltas = torch.full((len(mask), 1), position - seen, device=mask.device)
+    base_of(model).rope_deltas = torch.full((len(mask), 1), position - seen, device=mask.device)
     numbers = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -count:] + position - seen
     return numbers.expand(3, -1, -1)
 
@@ -115,17 +120,12 @@ def _numbered(model: PreTrainedModel, layout: FrameLayout, marks: Sequence[Marks
     kinds = torch.tensor([[*types, _TEXT]], device=model.device)
     given: dict[str, Any] = {
         "mm_token_type_ids": kinds,
-        "video_grid_thw": _grid(layout, len(marks)).to(model.device),
+        "video_grid_thw": layout.thw(len(marks)).to(model.device),
     }
     if _takes_seconds(model):
         given["second_per_grid_ts"] = [layout.seconds]
-    found: Tensor = _base(model).get_rope_index(torch.zeros_like(kinds), **given)[0]
+    found: Tensor = base_of(model).get_rope_index(torch.zeros_like(kinds), **given)[0]
     return found
-
-
-def _grid(layout: FrameLayout, steps: int) -> Tensor:
-    height, width = layout.grid or (0, 0)
-    return torch.tensor([[steps, height, width]])
 
 
 def _interval(model: PreTrainedModel, layout: FrameLayout) -> float:
@@ -134,8 +134,4 @@ def _interval(model: PreTrainedModel, layout: FrameLayout) -> float:
 
 
 def _takes_seconds(model: PreTrainedModel) -> bool:
-    return "second_per_grid_ts" in inspect.signature(_base(model).get_rope_index).parameters
-
-
-def _base(model: PreTrainedModel) -> Any:
-    return getattr(model, model.base_model_prefix, model)
+    return "second_per_grid_ts" in inspect.signature(base_of(model).get_rope_index).parameters

@@ -165,9 +165,10 @@ class VideoLLMHost(CausalLMHost):
                 layout = memory.layout
                 check_steps(layout, steps, memory.frames, len(times))
                 self._watch(memory, layout, steps.pixels, steps_marks(told, times, layout.step, number))
-                memory.frames += len(times) or number * layout.step
+                count = len(times) or number * layout.step
+                memory.frames += count
                 memory.timestamp = float(times[-1]) if len(times) else None
-                bar.advance(task, len(times) or number * layout.step)
+                bar.advance(task, count)
                 if after_batch is not None:
                     after_batch(memory)
         return memory

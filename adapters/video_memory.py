@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from namm_transfer.adapters.video_grid import check_marks, frames_of_step
+from namm_transfer.adapters.video_grid import base_of, check_marks, frames_of_step
 from namm_transfer.adapters.video_steps import FrameLayout, Marks, Steps
 from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.memory import MemoryCache
@@ -97,7 +97,7 @@ def find_layout(model: PreTrainedModel, first: Steps, marks: Marks, *, settled: 
         UnsupportedModelError: it does not work so; says why.
         ConfigError: it needs other marks.
     """
-    name, base = type(model).__name__, _base(model)
+    name, base = type(model).__name__, base_of(model)
     pixels = "pixel_values_videos" if hasattr(base, "get_video_features") else "pixel_values"
     takes = inspect.signature(_encoder(model, pixels)).parameters
     known = {pixels, "video_grid_thw"} if first.grid else {pixels}
@@ -151,17 +151,11 @@ def vision_inputs(model: PreTrainedModel, layout: FrameLayout, frames: Tensor) -
     pixels = frames.to(model.device, model.dtype)
     if layout.grid is None:
         return {layout.pixels: pixels[None] if layout.batched else pixels}
-    height, width = layout.grid
-    grid = torch.tensor([[len(pixels), height, width]], device=model.device)
-    return {layout.pixels: pixels.flatten(0, 1), "video_grid_thw": grid}
-
-
-def _base(model: PreTrainedModel) -> Any:
-    return getattr(model, model.base_model_prefix, model)
+    return {layout.pixels: pixels.flatten(0, 1), "video_grid_thw": layout.thw(len(pixels)).to(model.device)}
 
 
 def _encoder(model: PreTrainedModel, pixels: str) -> Any:
-    base = _base(model)
+    base = base_of(model)
     return base.get_video_features if pixels.endswith("_videos") else base.get_image_features
 
 

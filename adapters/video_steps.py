@@ -69,6 +69,11 @@ class FrameLayout:
         """The whole video is one grid; otherwise each step is one of its own, with text between them."""
         return self.grid is not None and self.marks is not None and not any(self.marks)
 
+    def thw(self, steps: int) -> Tensor:
+        """``video_grid_thw`` [1, 3] of so many steps on a grid."""
+        height, width = self.grid or (0, 0)
+        return torch.tensor([[steps, height, width]])
+
     @classmethod
     def from_plain(cls, settings: Mapping[str, Any]) -> FrameLayout:
         """Of the values that ``dataclasses.asdict`` and JSON made of one."""

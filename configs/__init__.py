@@ -85,14 +85,6 @@ def unreadable(override: str) -> str:
     )
 
 
-def _sweeps(override: str) -> bool:
-    """Whether Hydra takes it for several values to be tried one after the other, as `a,b`."""
-    try:
-        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
-    except HydraException:
-        return False
-
-
 def _compose(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT)):
         return hydra_compose(command, overrides=[_placed(command, override) for override in overrides])
@@ -120,14 +112,15 @@ def _refuse_holes(command: str, config: DictConfig) -> None:
 def _explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     """Say which override is at fault, and what it may have meant."""
     parser = OverridesParser.create()
-    if swept := [text for text in overrides if _sweeps(text)]:
-        return unreadable(swept[0])
     parsed: list[Override] = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])
+            one = parser.parse_override(text)
         except HydraException:
             return unreadable(text)
+        if one.is_sweep_override():
+            return unreadable(text)
+        parsed.append(one)
     # Choices of groups first: the keys of a task exist only once the task is chosen.
     parsed.sort(key=lambda one: not _options(one))
     accepted: list[str] = []

@@ -18,7 +18,7 @@ def claim(record: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: it holds others; the names of those that differ are listed.
         DataError: it cannot be read.
     """
-    given = json.loads(json.dumps(settings))  # tuples are lists there
+    given = as_stored(settings)
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(given, indent=2) + "\n")
@@ -28,5 +28,16 @@ def claim(record: Path, settings: Mapping[str, Any]) -> None:
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{record} cannot be read: {error}") from error
     if stored != given:
-        changed = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
-        raise ConfigError(f"{record.parent} holds a run with other values of {', '.join(changed)}; use a new folder")
+        changed = ", ".join(differing(stored, given))
+        raise ConfigError(f"{record.parent} holds a run with other values of {changed}; use a new folder")
+
+
+def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from a file: tuples are lists there."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that are not the same in both."""
+    return sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))

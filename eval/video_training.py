@@ -15,6 +15,7 @@ from torch import nn
 
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.claim import as_stored, differing
 from namm_transfer.files import replacing
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -76,11 +77,11 @@ def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
     if not told.is_file() or (out_dir / "checkpoint.pt").is_file():
         return False
     stored = json.loads(told.read_text()).get("config", {})
-    expected = json.loads(json.dumps(config))  # tuples are lists there
+    expected = as_stored(config)
     if stored != expected:
-        other = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
+        other = ", ".join(differing(stored, expected))
         raise CheckpointError(
-            f"{out_dir} holds a host that was trained with another {', '.join(other)}: train into another folder"
+            f"{out_dir} holds a host that was trained with another {other}: train into another folder"
         )
     return True
 

@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import ConfigError, DataError
+from namm_transfer.eval.claim import as_stored, differing
 from namm_transfer.eval.offline_rl.behaviour import environment_of, load_behaviour
 from namm_transfer.eval.offline_rl.minari_data import MINARI, import_minari, open_minari
 from namm_transfer.eval.offline_rl.rollout import make_envs
@@ -107,8 +108,7 @@ def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
     minari = import_minari()
     policy = load_behaviour(config.policy)
     env_id = _environment(config)
-    settings = asdict(config) | {"env_id": env_id, "policy": digest(config.policy)}
-    settings = json.loads(json.dumps(settings))  # tuples are lists there
+    settings = as_stored(asdict(config) | {"env_id": env_id, "policy": digest(config.policy)})
     if _is_there(config.dataset):
         found = open_minari(config.dataset).storage.metadata.get(RECORD)
         if not isinstance(found, str):
@@ -118,9 +118,9 @@ def collect_episodes(config: CollectionConfig, *, progress: bool = True) -> str:
             )
         stored = json.loads(found)
         if stored != settings:
-            changed = sorted(key for key in {*stored, *settings} if stored.get(key) != settings.get(key))
+            changed = ", ".join(differing(stored, settings))
             raise ConfigError(
-                f"the Minari data set {config.dataset!r} is there, with other values of {', '.join(changed)}; give "
+                f"the Minari data set {config.dataset!r} is there, with other values of {changed}; give "
                 "another id (dataset=ID), or delete it (minari delete ID)"
             )
         return f"{MINARI}{config.dataset}"
