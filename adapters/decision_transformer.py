@@ -8,6 +8,7 @@ Shape legend: B rows (environments), M chosen rows, T timesteps, O observation w
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from namm_transfer.adapters.base import Host, use_namm_attention
+from namm_transfer.adapters.gpt2_blocks import Blocks
 from namm_transfer.attention import NAME
 from namm_transfer.errors import CacheError, ConfigError, DataError
 from namm_transfer.memory import MemoryCache
@@ -167,6 +169,7 @@ class DecisionTransformerHost(Host):
             raise ConfigError(f"reset: rows must be an int of at least 1; got {rows!r}")
         device, wanted = self.model.device, self._wanted(count, target_return)
         self.cache = MemoryCache(self.policy, self.update_interval)
+        self._blocks = Blocks.of(self.model.encoder)
         self._ages = np.zeros(count, np.int64)  # timesteps that each row has acted in
         self._action = torch.zeros(count, self.model.config.act_dim, dtype=self.model.dtype, device=device)
         self._to_go = wanted
@@ -227,7 +230,7 @@ class DecisionTransformerHost(Host):
                 "act takes raw observations and rewards, so it needs adapt(..., normalisation=...): means and standard "
                 "deviations of the states, the scale of the returns, the return to ask for (step takes them scaled)"
             )
-        rows, device, to_go = len(self._ages), self.model.device, self._to_go
+        rows, device, to_go = len(self._ages), self._action.device, self._to_go
         shown = self._numbers("observations", observation, torch.float32)
         self._check_shape("observations", shown, (rows, self.model.config.state_dim))
         if (begun := self._ages > 0).any():
@@ -262,8 +265,8 @@ class DecisionTransformerHost(Host):
         """
         cache = self._playing("step")
         self._check_attached()
-        states = self._numbers("states", states, self.model.dtype)
-        returns_to_go = self._numbers("returns_to_go", returns_to_go, self.model.dtype)
+        states = self._numbers("states", states, self._action.dtype)
+        returns_to_go = self._numbers("returns_to_go", returns_to_go, self._action.dtype)
         self._check_inputs(states, returns_to_go)
         model, begun = self.model, self._ages > 0
         ages = torch.from_numpy(self._ages).to(states.device)
@@ -279,19 +282,26 @@ class DecisionTransformerHost(Host):
                 mask = mask.to(states.device)
         embeds = model.embed_ln(torch.stack(tokens, dim=1))
         # Here and not later: what has gone into the memory cannot be taken back.
-        self._check_finite(embeds, "are too large for the model: its tokens would be NaN or infinite")
-        hidden = model.encoder(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            # the wrapper gives every token position 0: time is told by the timestep embedding alone
-            position_ids=torch.zeros(len(begun), len(tokens), dtype=torch.long, device=states.device),
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
+        if not math.isfinite(float(embeds.sum())):
+            given = torch.cat([states, returns_to_go.unsqueeze(-1)], dim=1)
+            self._check_finite(given, "hold values that are NaN or infinite")
+            self._check_finite(embeds, "are too large for the model: its tokens would be NaN or infinite")
+        if self._blocks is not None and self._blocks.unwatched:
+            last = self._blocks.last(embeds, cache, mask)
+        else:
+            hidden = model.encoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                # the wrapper gives every token position 0: time is told by the timestep embedding alone
+                position_ids=torch.zeros(len(begun), len(tokens), dtype=torch.long, device=states.device),
+                past_key_values=cache,
+                use_cache=True,
+            )[0]
+            last = hidden[:, -1]
         self._check_used()
         cache.forget_padding()
-        action = model.predict_action(hidden[:, -1])
-        if not torch.isfinite(action).all():
+        action = model.predict_action(last)
+        if not math.isfinite(float(action.sum())) and not torch.isfinite(action).all():
             self._ages = np.zeros(0, np.int64)  # the memory holds what led to them
             raise DataError("the model's actions are NaN or infinite: its episodes are over; look at its weights")
         self._action = action
@@ -339,7 +349,7 @@ class DecisionTransformerHost(Host):
             raise DataError(f"expected {name} as an array of numbers; got {type(value).__name__}: {error}") from error
         if found.is_complex():
             raise DataError(f"expected {name} as real numbers; got {found.dtype}")
-        return found.detach().to(self.model.device, dtype)
+        return found.detach().to(self._action.device, dtype)
 
     @staticmethod
     def _check_shape(name: str, found: Tensor, expected: tuple[int, ...]) -> None:
@@ -357,9 +367,6 @@ class DecisionTransformerHost(Host):
     def _check_inputs(self, states: Tensor, returns_to_go: Tensor) -> None:
         self._check_shape("states", states, (len(self._ages), self.model.config.state_dim))
         self._check_shape("returns_to_go", returns_to_go, (len(self._ages),))
-        self._check_finite(
-            torch.cat([states, returns_to_go.unsqueeze(-1)], dim=1), "hold values that are NaN or infinite"
-        )
         if (oldest := int(self._ages.max())) >= self.model.config.max_ep_len:
             raise DataError(
                 f"an episode reached timestep {oldest}, but the model embeds only {self.model.config.max_ep_len} "

@@ -19,10 +19,10 @@ from transformers.masking_utils import causal_mask_function
 from namm_transfer.attention import NAME, AttentionOptions, Memory, expecting
 from namm_transfer.errors import CacheError, ConfigError, UnsupportedModelError
 from namm_transfer.masks import AttentionMask, RunMask, from_tensor, take
-from namm_transfer.scoring import LayerView, Policy
+from namm_transfer.scoring import LayerView, Policy, runs
 from namm_transfer.spectrogram import HOP
 from namm_transfer.store import Fields, Layout, TokenStore
-from namm_transfer.tiles import Context, Observed, Visible
+from namm_transfer.tiles import Context, Visible
 
 __all__ = ["LayerMemory", "check_interval", "watch"]
 
@@ -206,100 +206,124 @@ class LayerMemory(CacheLayerMixin):
             )
         given = None if mask.padding is None else mask.padding[:, self.total : self.total + count]
         added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
-        runs = list(_runs(list(zip(self.seen, added, strict=True))))
-        out = query.new_zeros(*query.shape[:3], value.shape[-1])
-        by_token = len(runs) > 1 and count <= HOP
-        if by_token and not mask.causal:  # a query that attends to later tokens (of an image) needs them beside it
-            by_token = not any(
-                RunMask(mask, a, b, query.device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in runs
-            )
         unfinished = self.policy.unfinished_fields(key.dtype)
-        if by_token or any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
+        in_steps = self._in_steps(mask, added, count, query.device)
+        if in_steps or any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
             self.tokens.add_fields(unfinished)
-        if by_token:
-            for start, stop in self._pieces(given, count, mask.causal and count < HOP):
-                rows = torch.ones(len(self.seen), dtype=torch.bool, device=key.device)
-                piece = slice(start, stop)
-                out[:, :, piece] = self._step(
-                    mask,
-                    query[:, :, piece],
-                    key[:, :, piece],
-                    value[:, :, piece],
-                    options,
-                    rows if given is None else given[:, start],
-                )
+        if in_steps:
+            out = self._steps(mask, query, key, value, options, given)
         else:
-            for first, last in runs:
-                part, seen_by = slice(first, last), RunMask(mask, first, last, query.device)
-                if added[first] == count:
-                    out[part] = self._stream(seen_by, query[part], key[part], value[part], options)
-                elif given is not None and added[first]:
-                    places = given[part].nonzero()[:, 1].view(last - first, -1)
-                    q, k, v = (take(x[part], places) for x in (query, key, value))
-                    streamed = self._stream(seen_by, q, k, v, options)
-                    out[part].scatter_(2, places[:, None, :, None].expand_as(streamed), streamed)
+            out = self._by_runs(mask, query, key, value, options, given, added)
         self.total += count
         if not any(s % HOP for s in self.seen):
             self.tokens.drop_fields(unfinished)
         self.tokens.trim(settled=count > HOP)
         return out
 
-    def _pieces(self, given: Tensor | None, count: int, whole: bool) -> Iterator[tuple[int, int]]:
-        """Cut ``count`` new tokens [start, stop) into what rows at different points may take in one go.
+    def _in_steps(self, mask: AttentionMask, added: list[int], count: int, device: torch.device) -> bool:
+        """Whether the ``count`` new tokens are so few that all rows take them in together, wherever they are."""
+        if mask.causal and count < HOP:
+            return True
+        if count > HOP:
+            return False
+        points = list(runs(list(zip(self.seen, added, strict=True))))
+        # a query that attends to later tokens (of an image) needs them beside it
+        return len(points) > 1 and not any(
+            RunMask(mask, a, b, device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in points
+        )
 
-        The same rows get all tokens of a piece, and none comes to a decision before its end. ``given`` [B, count] marks
-        tokens that are no padding; unless ``whole``, a piece is one token.
+    def _by_runs(
+        self,
+        mask: AttentionMask,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        given: Tensor | None,
+        added: list[int],
+    ) -> Tensor:
+        """Take in ``added[r]`` tokens of each row, rows at the same point together. Returns [B, H, Q, V]."""
+        count, out = query.shape[2], query.new_zeros(*query.shape[:3], value.shape[-1])
+        for first, last in runs(list(zip(self.seen, added, strict=True))):
+            part, seen_by = slice(first, last), RunMask(mask, first, last, query.device)
+            if added[first] == count:
+                out[part] = self._stream(seen_by, query[part], key[part], value[part], options)
+            elif given is not None and added[first]:
+                places = given[part].nonzero()[:, 1].view(last - first, -1)
+                q, k, v = (take(x[part], places) for x in (query, key, value))
+                streamed = self._stream(seen_by, q, k, v, options)
+                out[part].scatter_(2, places[:, None, :, None].expand_as(streamed), streamed)
+        return out
+
+    def _steps(
+        self,
+        mask: AttentionMask,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        given: Tensor | None,
+    ) -> Tensor:
+        """Take in at most 16 tokens of each row, ``given`` [B, Q] of them, piece by piece. Returns [B, H, Q, V]."""
+        columns = [[True] * len(self.seen)] * query.shape[2] if given is None else given.T.tolist()
+        out = []
+        for start, stop in self._pieces(columns, mask.causal and len(columns) < HOP):
+            q, k, v = (query, key, value)
+            if stop - start < len(columns):
+                q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+            out.append(self._step(mask, q, k, v, options, columns[start]))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _pieces(self, columns: list[list[bool]], whole: bool) -> Iterator[tuple[int, int]]:
+        """Cut new tokens into pieces [start, stop) that rows at different points may take in one go.
+
+        The same rows get all tokens of a piece, and none comes to a decision before its end.
+        ``columns[i][r]`` says whether row r has an i-th new token or padding; unless ``whole``, a piece is one token.
         """
-        columns = [[True] * len(self.seen)] * count if given is None else given.T.tolist()
         seen, start = list(self.seen), 0
         for i, column in enumerate(columns):
             seen = [s + int(moved) for s, moved in zip(seen, column, strict=True)]
             decides = self.policy.evicts and any(
                 moved and s % self.update_interval == 0 for s, moved in zip(seen, column, strict=True)
             )
-            if not whole or decides or i + 1 == count or columns[i + 1] != column:
+            if not whole or decides or i + 1 == len(columns) or columns[i + 1] != column:
                 yield start, i + 1
                 start = i + 1
 
     def _step(
-        self, mask: AttentionMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, rows: Tensor
+        self,
+        mask: AttentionMask,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+        moving: list[bool],
     ) -> Tensor:
-        """A piece of n tokens for each of the rows marked in ``rows`` [B], wherever they are. Returns [B, H, n, V]."""
-        policy, steps, count = self.policy, rows.tolist(), query.shape[2]
-        self.tokens.reserve(count)
-        now = torch.tensor(self.seen, device=key.device)
-        new = now.to(torch.int32).view(-1, 1, 1) + torch.arange(count, device=key.device, dtype=torch.int32)
-        positions = new.expand(-1, key.shape[1], -1)
-        self.tokens.append_some({"keys": key, "values": value, "positions": positions}, rows)
-        tokens = self.tokens
-        moving = [(a, b) for a, b in _runs(list(zip(self.seen, steps, strict=True))) if steps[a]]
-
-        def observe(attn: Observed) -> None:
-            (probabilities,) = attn  # of less than a hop
-            for first, last in moving:
+        """A piece of n tokens for each of the rows that are ``moving``, wherever they are. Returns [B, H, n, V]."""
+        policy, tokens, count, before = self.policy, self.tokens, query.shape[2], self.seen
+        tokens.reserve(count)
+        tokens.append_some(key, value, before, moving)
+        visible: Visible = count - 1 if count > 1 else None  # plain causality
+        if not mask.causal:
+            rows = RunMask(mask, 0, len(moving), key.device)
+            visible = rows.visible_newest(tokens, torch.tensor(before, device=key.device))
+        observer = None
+        if policy.observes:
+            whole = LayerView(tokens, self.index, (0, len(moving)), 0, 0, self.update_interval)
+            observer = partial(policy.observe_apart, whole, before, moving)
+        out = Context(tokens, options, count).attend(query, visible, observer)
+        if not all(moving):  # a row without a new token attended to nothing
+            out = out.masked_fill(~torch.tensor(moving, device=key.device).view(-1, 1, 1, 1), 0.0)
+        self.seen = [s + count * moves for s, moves in zip(before, moving, strict=True)]
+        if policy.evicts and any(
+            moves and s % self.update_interval == 0 for s, moves in zip(self.seen, moving, strict=True)
+        ):
+            for first, last in runs(list(zip(self.seen, moving, strict=True))):
                 seen = self.seen[first]
-                part = tokens.rows(first, last, aligned=True)
-                end = min(HOP - seen % HOP, count)  # of the hop
-                for start, stop in ((0, end), (end, count)):
-                    if start < stop:
-                        view = LayerView(
-                            part, self.index, (first, last), seen + count, seen + start, self.update_interval
-                        )
-                        policy.observe(view, Observed(probabilities[first:last, :, start:stop]))
-
-        seen_by = RunMask(mask, 0, len(steps), key.device)
-        visible = seen_by.visible_newest(tokens, now) if count == 1 else count - 1  # several: plain causality
-        context = Context(tokens, options, count)
-        out = context.attend(query, visible, observe if policy.observes else None)
-        out = out.masked_fill(~rows.view(-1, 1, 1, 1), 0.0)  # a row without a new token attended to nothing
-        self.seen = [s + count * int(step) for s, step in zip(self.seen, steps, strict=True)]
-        for first, last in moving:
-            if policy.evicts and self.seen[first] % self.update_interval == 0:
-                seen = self.seen[first]
-                self._decide(
-                    LayerView(tokens.rows(first, last), self.index, (first, last), seen, seen, self.update_interval)
-                )
-        tokens.recount()
+                if moving[first] and seen % self.update_interval == 0:
+                    part = tokens.rows(first, last)
+                    self._decide(LayerView(part, self.index, (first, last), seen, seen, self.update_interval))
+            tokens.recount()
         return out
 
     def _stream(self, mask: RunMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -387,12 +411,3 @@ class LayerMemory(CacheLayerMixin):
             raise CacheError(
                 "a MemoryCache cannot be cropped: what was evicted cannot come back; fork it before instead"
             )
-
-
-def _runs(points: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring rows [first, last) that are at the same point: equal entries of ``points``."""
-    first = 0
-    for last in range(1, len(points) + 1):
-        if last == len(points) or points[last] != points[first]:
-            yield first, last
-            first = last

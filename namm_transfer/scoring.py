@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from namm_transfer.errors import BudgetError, ConfigError
+from namm_transfer.spectrogram import HOP
 from namm_transfer.store import Fields, TokenStore
 from namm_transfer.tiles import Observed
 
-__all__ = ["Fields", "LayerView", "Policy", "check_budget", "check_count", "recent"]
+__all__ = ["Fields", "LayerView", "Policy", "check_budget", "check_count", "recent", "runs"]
 
 Budget = int | float
 Allocation = Literal["per_head", "per_layer"]
@@ -83,6 +85,15 @@ def recent(view: LayerView, scores: Tensor, count: int) -> Tensor:
     return scores.masked_fill(view.age() < count, math.inf)
 
 
+def runs(points: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbouring rows [first, last) that are at the same point: equal entries of ``points``."""
+    first = 0
+    for last in range(1, len(points) + 1):
+        if last == len(points) or points[last] != points[first]:
+            yield first, last
+            first = last
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """A policy holds settings only; all state is in the memory, so that one policy serves any number of caches.
@@ -129,6 +140,27 @@ class Policy(ABC):
         [R, K, t, N] come in parts (``for part in attn``), all at once only if there are at most 16 queries; what
         :class:`Observed` folds, a backend may fold without them.
         """
+
+    def observe_apart(self, view: LayerView, queries: list[int], moving: list[bool], attn: Observed) -> None:
+        """Take note of a tile of fewer than 16 queries of rows that may be at different points.
+
+        Args:
+            view: of all B rows; what it says of their points means nothing.
+            queries: B counts of the queries that each row has made before these.
+            moving: which of the B rows make these queries; the others are to be left alone.
+            attn: as of :meth:`observe`, but the queries may cross the end of a row's hop.
+        """
+        (probabilities,) = attn  # of less than a hop
+        count = probabilities.shape[2]
+        for first, last in runs(list(zip(queries, moving, strict=True))):
+            if not moving[first]:
+                continue
+            done, part = queries[first], view.tokens.rows(first, last, aligned=True)
+            end = min(HOP - done % HOP, count)  # of the hop
+            for start, stop in ((0, end), (end, count)):
+                if start < stop:
+                    point = LayerView(part, view.layer, (first, last), done + count, done + start, view.interval)
+                    self.observe(point, Observed(probabilities[first:last, :, start:stop]))
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:

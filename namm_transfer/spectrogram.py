@@ -15,7 +15,7 @@ from torch import Tensor
 
 from namm_transfer import kernels
 
-__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis", "loaded", "state_scale", "stored"]
+__all__ = ["BINS", "DECAY", "HOP", "WINDOW", "advance", "basis", "listen", "loaded", "state_scale", "stored"]
 
 HOP = 16
 """Queries between two frames."""
@@ -88,3 +88,25 @@ def advance(ema: Tensor, previous: Tensor, rows: Tensor) -> None:
     folded = torch.einsum("...tf,t->...f", magnitude, weights * (1 - DECAY))
     ema.copy_(stored(DECAY**count * loaded(ema) + folded, ema.dtype))
     previous.copy_(stored(columns[..., -HOP:], previous.dtype))
+
+
+def listen(
+    ema: Tensor, previous: Tensor, waiting: Tensor, rows: Tensor, queries: list[int], moving: list[bool]
+) -> bool:
+    """Fold fewer than 16 attention rows, each of R sequences at its own point, into the moving average, in place.
+
+    Args:
+        ema, previous: as of :func:`advance`.
+        waiting: [R, K, N, HOP] the rows of each sequence's unfinished hop, as :func:`stored`; zeros to come.
+        rows: [R, K, t, N] attention of the new queries.
+        queries: R counts of the queries before these.
+        moving: which of the R sequences make them.
+
+    Returns:
+        Whether it was done: only the compiled kernel can.
+    """
+    kernel = kernels.cpu() if rows.device.type == "cpu" else None
+    if kernel is None:
+        return False
+    kernel.listen_(ema, previous, waiting, rows.contiguous(), queries, moving, DECAY, state_scale(ema.dtype))
+    return True

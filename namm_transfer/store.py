@@ -10,11 +10,12 @@ Shape legend: B batch rows, K KV heads, C capacity, N tokens in use by the fulle
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from namm_transfer import kernels
 from namm_transfer.ragged import Ragged
 
 __all__ = ["Fields", "Layout", "TokenStore"]
@@ -185,12 +186,29 @@ class TokenStore:
         self.lengths += count
         self.width = end
 
-    def append_some(self, new: dict[str, Tensor], rows: Tensor) -> None:
-        """Add n tokens to every head of some rows; ``new`` gives each field [B, K, n, ...], ``rows`` is [B] bool."""
-        count = next(iter(new.values())).shape[2]
-        numbers = self.lengths.unsqueeze(-1)
-        if count > 1:
-            numbers = numbers + torch.arange(count, device=self.lengths.device)
+    def append_some(self, keys: Tensor, values: Tensor, seen: list[int], rows: list[bool]) -> None:
+        """Add n tokens to every head of some of the B ``rows``, to row r at the positions from ``seen[r]`` on.
+
+        ``keys`` and ``values`` are [B, K, n, ...]; other fields start at zero. The places must have been reserved.
+        """
+        if (compiled := self._compiled()) is not None:
+            kernel, flat = compiled
+            wide = [flat.fields[name] for name in WIDE]
+            new_wide = (new.to(field.dtype) for new, field in zip((keys, values), wide, strict=True))
+            state = [field for name, field in self.fields.items() if name != "positions"]
+            self._note(
+                kernel.append_(
+                    *(*wide, flat.starts, flat.room, self.lengths, self.fields["positions"], state),
+                    *(new if new.stride(-1) == 1 else new.contiguous() for new in new_wide),
+                    *(seen, rows),
+                )
+            )
+            return
+        count, device = keys.shape[2], self.lengths.device
+        steps = torch.arange(count, device=device)
+        positions = torch.tensor(seen, device=device).view(-1, 1, 1) + steps
+        new = {"keys": keys, "values": values, "positions": positions.expand(*keys.shape[:3])}
+        numbers = self.lengths.unsqueeze(-1) + steps
         if self.flat is not None:
             for name in self.flat.fields:
                 self.flat.write(name, numbers, new[name])
@@ -201,14 +219,20 @@ class TokenStore:
                 field.scatter_(2, where, new[name].to(field.dtype))
             else:
                 field.scatter_(2, where, 0)
-        self.lengths += count * rows.unsqueeze(1)
+        self.lengths += count * torch.tensor(rows, device=device).unsqueeze(1)
         self.recount()
 
     def keep(self, mask: Tensor) -> None:
         """Forget every token outside ``mask`` [B, K, N]; the order of the others stays."""
+        self._evicted = True
+        if (compiled := self._compiled()) is not None:
+            kernel, flat = compiled
+            wide = (flat.fields[name] for name in WIDE)
+            fields = list(self.fields.values())
+            self._note(kernel.keep_(*wide, flat.starts, flat.room, self.lengths, fields, mask))
+            return
         mask = mask & self.valid()
         counts = mask.sum(-1)
-        self._evicted = True
         width = int(counts.max())
         order = torch.argsort(~mask, dim=-1, stable=True)[..., :width]  # [B, K, width], kept ones first
         for name in self.fields:
@@ -221,6 +245,16 @@ class TokenStore:
         self.lengths.copy_(counts)
         self.width = width
         self.even = bool((counts == width).all())
+
+    def _compiled(self) -> tuple[Any, Ragged] | None:
+        """The compiled kernel and what it works on, where they serve."""
+        kernel = kernels.cpu() if self.lengths.device.type == "cpu" else None
+        return None if kernel is None or self.flat is None else (kernel, self.flat)
+
+    def _note(self, extent: tuple[int, int, int]) -> None:
+        """Take note of what the kernel tells of the lengths: the largest, the smallest, and the fewest free places."""
+        self.width, fewest, self._free = extent
+        self.even = fewest == self.width
 
     def trim(self, *, settled: bool) -> None:
         """Give back free places: all but a few, or, unless ``settled`` (tokens come singly), what is beyond growth."""

@@ -11,8 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from namm_transfer import kernels
-from namm_transfer.spectrogram import BINS, DECAY, HOP, WINDOW, advance
+from namm_transfer import NAMM, kernels
+from namm_transfer.policies.namm import NAMMPolicy
+from namm_transfer.scoring import LayerView
+from namm_transfer.spectrogram import BINS, DECAY, HOP, WINDOW, advance, loaded
+from namm_transfer.store import TokenStore
+from namm_transfer.tiles import Observed
 
 
 @pytest.fixture(params=["kernel", "torch"], autouse=True)
@@ -94,3 +98,43 @@ def test_constant_attention_is_the_lowest_two_bins() -> None:
     # a Hann window of 32 sums to 16, and its own transform has half of that at the neighbouring bin
     want = torch.tensor([16.0, 8.0] + [0.0] * 15) * (1 - DECAY)
     torch.testing.assert_close(found[0], want, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_rows_apart(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Queries come a few at a time, to some rows, each at its own point: as if each row's had come in whole hops."""
+    rows, heads, tokens = data.draw(st.integers(1, 4)), 2, data.draw(st.sampled_from([3, 16, 21]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    namm = NAMMPolicy(namm=NAMM())
+    fields = {"keys": ((4,), dtype), "values": ((4,), dtype), "positions": ((), torch.int32)}
+    fields |= namm.fields(dtype) | namm.unfinished_fields(dtype)
+    made = {k: torch.zeros((rows, heads, tokens, *shape), dtype=kind) for k, (shape, kind) in fields.items()}
+    store = TokenStore.from_padded(made, torch.full((rows, heads), tokens))
+    view, queries = LayerView(store, 0, (0, rows), 0, 0, 64), [0] * rows
+    history: list[list[Tensor]] = [[] for _ in range(rows)]
+    for _ in range(data.draw(st.integers(1, 30))):
+        count = data.draw(st.integers(1, 15))
+        moving = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+        attn = torch.rand(rows, heads, count, tokens, generator=generator) / tokens
+        namm.observe_apart(view, list(queries), moving, Observed(attn))
+        for row in range(rows):
+            if moving[row]:
+                queries[row] += count
+                history[row].append(attn[row])
+    for row in range(rows):
+        whole = torch.cat([torch.zeros(heads, 0, tokens), *history[row]], dim=1)
+        hops = whole.shape[1] // HOP * HOP
+        ema, previous = torch.zeros(1, heads, tokens, BINS), torch.zeros(1, heads, tokens, HOP)
+        if hops:
+            advance(ema, previous, whole[None, :, :hops])
+        waiting = torch.zeros(heads, tokens, HOP)
+        waiting[..., : whole.shape[1] - hops] = whole[:, hops:].mT
+        exact = {"ema": ema[0], "previous": previous[0], "waiting": waiting}
+        for name, want in exact.items():
+            found = loaded(store[name][row])
+            # in float16 each of the 32 values of a frame is off by 2^-11 of itself, and so is what is stored of them
+            near = (
+                {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 16 / tokens / 2**11, "rtol": 2e-3}
+            )
+            torch.testing.assert_close(found, want, **near)

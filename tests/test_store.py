@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from namm_transfer.store import GROWTH, SLACK, Layout, TokenStore
+from namm_transfer import kernels
+from namm_transfer.store import GROWTH, SLACK, TokenStore
 
 FIELDS = {
     "keys": ((3,), torch.float32),
@@ -56,9 +58,13 @@ def check(store: TokenStore, model: Model, owners: list[int]) -> None:
             assert lying.tolist() == [[owners[b], k, p] for p, _ in head]
 
 
-@settings(max_examples=60)
-@given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 3), layout=st.sampled_from(["ragged", "padded"]))
-def test_any_history(data: st.DataObject, rows: int, heads: int, layout: Layout) -> None:
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), rows=st.integers(1, 3), heads=st.integers(1, 3))
+@pytest.mark.parametrize("layout", ["ragged", "padded", "ragged, not compiled"])
+def test_any_history(data: st.DataObject, rows: int, heads: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if layout == "ragged, not compiled":
+        monkeypatch.setattr(kernels, "cpu", lambda: None)
+        layout = "ragged"
     store = TokenStore.empty(rows, heads, FIELDS, torch.device("cpu"), layout)
     model: Model = [[[] for _ in range(heads)] for _ in range(rows)]
     owners, clock = list(range(rows)), 0
@@ -90,7 +96,8 @@ def test_any_history(data: st.DataObject, rows: int, heads: int, layout: Layout)
             store.reserve(count)
             fresh = new_tokens(rows, heads, torch.arange(clock, clock + count).expand(rows, heads, -1))
             fresh["keys"][..., 0] = torch.tensor(owners).view(-1, 1, 1)
-            store.append_some(fresh, moving)
+            seen = [clock] * rows
+            store.append_some(fresh["keys"], fresh["values"], seen, moving.tolist())
             for b, row in enumerate(model):
                 for head in row:
                     if moving[b]:

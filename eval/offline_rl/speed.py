@@ -39,8 +39,11 @@ __all__ = ["SpeedConfig", "measure_speed"]
 
 MEMORIES: dict[str, tuple[dict[str, Any], bool]] = {
     "namm": ({}, False),
-    "namm, rows apart": ({}, True),
-    "h2o, budget 192": ({"budget": 192}, False),  # the tokens of 64 timesteps
+    "namm, budget 60": ({"budget": 60}, False),  # the tokens of 20 timesteps
+    "namm, budget 60, rows apart": ({"budget": 60}, True),
+    "namm, budget 192": ({"budget": 192}, False),  # of 64
+    "namm, budget 192, rows apart": ({"budget": 192}, True),
+    "h2o, budget 192": ({"budget": 192}, False),
     "h2o, budget 192, rows apart": ({"budget": 192}, True),
     "streaming, budget 192, rows apart": ({"budget": 192}, True),
     "full": ({}, False),

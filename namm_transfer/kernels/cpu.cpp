@@ -22,6 +22,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -61,6 +62,30 @@ inline float total(vf x) {
   float s = 0;
   for (int i = 0; i < LANES; ++i) s += x[i];
   return s;
+}
+
+// Lanes whose numbers differ in the bit `s` change places.
+template <int s, int... lane>
+inline vf swapped(vf x, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, (lane ^ s)...);
+#else
+  return __builtin_shuffle(x, vi{(lane ^ s)...});
+#endif
+}
+
+// The first s vectors become sums of what has the bit `s` of their numbers in common with the lanes'.
+template <int s>
+inline void fold(vf* x) {
+  constexpr std::make_integer_sequence<int, LANES> lanes;
+  const vi set = (vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & s) != 0;
+  for (int i = 0; i < s; ++i) x[i] = (set ? x[i + s] : x[i]) + swapped<s>(set ? x[i] : x[i + s], lanes);
+}
+
+// The totals of 16 vectors, one in each lane; overwrites them.
+inline vf totals(vf* x) {
+  fold<8>(x), fold<4>(x), fold<2>(x), fold<1>(x);
+  return x[0];
 }
 
 // 2^x for x <= 0: relative error 2e-7, or 8e-5 where the result is rounded to half precision anyway.
@@ -416,13 +441,46 @@ void attend_all(const Call& call, const Tensor& query, const Tensor& keys, const
 
 // A few queries (decoding): no product of matrices pays here, the keys and values are read once, as they lie.
 
+// m sums of `count` rows of n * LANES values, each times a weight: those of sum x from weights + x * padded on, the sum
+// to out + x * width.
+template <int m, int n, typename S>
+inline void weigh(const float* weights, int64_t padded, const S* values, int64_t stride, int64_t count, float* out,
+                  int64_t width) {
+  vf sums[m][n] = {};
+  for (int64_t c = 0; c < count; ++c)
+#pragma GCC unroll 8
+    for (int a = 0; a < n; ++a) {
+      const vf value = load(values + c * stride + a * LANES);
+#pragma GCC unroll 3
+      for (int x = 0; x < m; ++x) sums[x][a] += weights[x * padded + c] * value;
+    }
+  for (int x = 0; x < m; ++x)
+    for (int a = 0; a < n; ++a) store(out + x * width + a * LANES, sums[x][a]);
+}
+
+// The same of any width.
+template <int m, typename S>
+void weigh_all(const float* weights, int64_t padded, const S* values, int64_t stride, int64_t count, float* out,
+               int64_t width) {
+  int64_t d = 0;
+  for (; d + 8 * LANES <= width; d += 8 * LANES) weigh<m, 8>(weights, padded, values + d, stride, count, out + d, width);
+  for (; d + 2 * LANES <= width; d += 2 * LANES) weigh<m, 2>(weights, padded, values + d, stride, count, out + d, width);
+  for (; d + LANES <= width; d += LANES) weigh<m, 1>(weights, padded, values + d, stride, count, out + d, width);
+  for (; d < width; ++d)
+    for (int x = 0; x < m; ++x) {
+      float sum = 0;
+      for (int64_t c = 0; c < count; ++c) sum += weights[x * padded + c] * float(values[c * stride + d]);
+      out[x * width + d] = sum;
+    }
+}
+
 template <typename S>
 void attend_few(const Call& call, const Tensor& query, const Tensor& key, const Tensor& value, Tensor& out,
                 Tensor& attn) {
   constexpr int64_t CHUNK = 256;
   const int64_t m = call.groups * call.count, N = call.tokens, D = call.width, V = call.value_width;
   const int64_t chunks = (N + CHUNK - 1) / CHUNK, pairs = call.rows * call.kv_heads;
-  const int64_t padded = chunks * CHUNK, whole = D / LANES * LANES, whole_v = V / LANES * LANES;
+  const int64_t padded = chunks * CHUNK, whole = D / LANES * LANES;
   std::vector<float> p(pairs * m * padded), top(pairs * m * chunks), sum(pairs * m * chunks);
   std::vector<float> outs(pairs * chunks * m * V), q(pairs * m * D);
   for (int64_t x = 0; x < pairs * m; ++x) {
@@ -442,15 +500,21 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
       const S* v = value.const_data_ptr<S>() + call.starts[pair] * value.stride(0);
       float* logits = p.data() + pair * m * padded + start;
       const int64_t used = std::clamp<int64_t>(limit(pair, call.count - 1) - start, 0, last - start);
-      for (int64_t c = 0; c < used; ++c) {
-        const S* from = k + (start + c) * key.stride(0);
+      for (int64_t c = 0; c < used; c += LANES) {  // sixteen keys at a time, so that their sums are taken together
+        const S* from[LANES];
+        for (int64_t l = 0; l < LANES; ++l) from[l] = k + (start + std::min(c + l, used - 1)) * key.stride(0);
         for (int64_t x = 0; x < m; ++x) {
           const float* own = q.data() + (pair * m + x) * D;
-          vf dot{};
-          for (int64_t d = 0; d < whole; d += LANES) dot += load(own + d) * load(from + d);
-          float rest = total(dot);
-          for (int64_t d = whole; d < D; ++d) rest += own[d] * float(from[d]);
-          logits[x * padded + c] = rest;
+          vf dot[LANES] = {};
+          for (int64_t d = 0; d < whole; d += LANES) {
+            const vf part = load(own + d);
+#pragma GCC unroll 16
+            for (int64_t l = 0; l < LANES; ++l) dot[l] += part * load(from[l] + d);
+          }
+          vf sums = totals(dot);
+          for (int64_t d = whole; d < D; ++d)
+            for (int64_t l = 0; l < LANES; ++l) sums[l] += own[d] * float(from[l][d]);
+          store(logits + x * padded + c, sums);
         }
       }
       for (int64_t x = 0; x < m; ++x) {
@@ -466,26 +530,13 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
         top[(pair * m + x) * chunks + task % chunks] = high;
       }
       float* o = outs.data() + task * m * V;
-      for (int64_t x = 0; x < m; ++x) {
-        const float* s = logits + x * padded;
-        for (int64_t d = 0; d < whole_v; d += 4 * LANES) {
-          vf acc[4] = {};
-          const int64_t n = std::min<int64_t>(4, (whole_v - d) / LANES);
-          for (int64_t c = 0; c < used; ++c) {
-            const S* from = v + (start + c) * value.stride(0) + d;
-            for (int64_t a = 0; a < n; ++a) acc[a] += s[c] * load(from + a * LANES);
-          }
-          for (int64_t a = 0; a < n; ++a) store(o + x * V + d + a * LANES, acc[a]);
-        }
-        for (int64_t d = whole_v; d < V; ++d) {
-          float acc = 0;
-          for (int64_t c = 0; c < used; ++c) acc += s[c] * float(v[(start + c) * value.stride(0) + d]);
-          o[x * V + d] = acc;
-        }
-      }
+      const S* from = v + start * value.stride(0);
+      int64_t x = 0;  // queries that share a pass over the values
+      for (; x + 3 <= m; x += 3) weigh_all<3>(logits + x * padded, padded, from, value.stride(0), used, o + x * V, V);
+      for (; x < m; ++x) weigh_all<1>(logits + x * padded, padded, from, value.stride(0), used, o + x * V, V);
     }
   });
-  std::vector<float> factor(m * chunks);
+  std::vector<float> factor(m * chunks), whole_out(V);
   for (int64_t pair = 0; pair < pairs; ++pair) {
     for (int64_t x = 0; x < m; ++x) {
       const float* t = top.data() + (pair * m + x) * chunks;
@@ -500,11 +551,12 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
       }
       for (int64_t c = 0; c < chunks; ++c) factor[x * chunks + c] *= mass > 0 ? 1.0f / mass : 0.0f;
       S* to = out.data_ptr<S>() + ((pair / call.kv_heads * call.heads + head) * call.count + x % call.count) * V;
-      for (int64_t d = 0; d < V; ++d) {
-        float acc = 0;
-        for (int64_t c = 0; c < chunks; ++c) acc += factor[x * chunks + c] * outs[((pair * chunks + c) * m + x) * V + d];
-        to[d] = S(acc);
+      std::fill(whole_out.begin(), whole_out.end(), 0.0f);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float* part = outs.data() + ((pair * chunks + c) * m + x) * V;
+        for (int64_t d = 0; d < V; ++d) whole_out[d] += factor[x * chunks + c] * part[d];
       }
+      for (int64_t d = 0; d < V; ++d) to[d] = S(whole_out[d]);
     }
     if (attn.numel() == 0) continue;
     for (int64_t i = 0; i < call.count; ++i) {
@@ -513,12 +565,11 @@ void attend_few(const Call& call, const Tensor& query, const Tensor& key, const 
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t start = c * CHUNK, n = std::min(CHUNK, N - start);
         const int64_t used = std::clamp<int64_t>(limit(pair, call.count - 1) - start, 0, n);
-        std::fill(to + start + used, to + start + n, 0.0f);
-        for (int64_t j = start; j < start + used; ++j) {
-          float mean = 0;
-          for (int64_t g = 0; g < call.groups; ++g)
-            mean += from[(g * call.count + i) * padded + j] * factor[(g * call.count + i) * chunks + c];
-          to[j] = mean / call.groups;
+        std::fill(to + start, to + start + n, 0.0f);
+        for (int64_t g = 0; g < call.groups; ++g) {
+          const int64_t x = g * call.count + i;
+          const float share = factor[x * chunks + c] / call.groups;
+          for (int64_t j = start; j < start + used; ++j) to[j] += share * from[x * padded + j];
         }
       }
     }
@@ -661,12 +712,28 @@ inline void from_lanes(const vf* from, int64_t n, int64_t width, float scale, S*
   }
 }
 
+// Fold the frame of two neighbouring hops into the average.
+inline void fold_frame(vf* average, const vf* before, const vf* now, const Twiddles& w, float keep) {
+  vf x[2 * HOP], found[BINS];
+  for (int64_t i = 0; i < HOP; ++i) {
+    x[i] = before[i] * w.window[i];
+    x[HOP + i] = now[i] * w.window[HOP + i];
+  }
+  magnitudes(x, w, found);
+  for (int64_t b = 0; b < BINS; ++b) average[b] = keep * average[b] + (1.0f - keep) * found[b];
+}
+
+const Twiddles& twiddles() {
+  static const Twiddles made;
+  return made;
+}
+
 template <typename S>
 void advance_all(Tensor& ema, Tensor& previous, const Tensor& attn, float keep, float scale) {
   const int64_t kv_heads = attn.size(1), hops = attn.size(2) / HOP, tokens = attn.size(3);
   constexpr int64_t CHUNK = 128;
   const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
-  static const Twiddles w;
+  const Twiddles& w = twiddles();
   at::parallel_for(0, attn.size(0) * kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / chunks / kv_heads, head = task / chunks % kv_heads, first = task % chunks * CHUNK;
@@ -675,7 +742,7 @@ void advance_all(Tensor& ema, Tensor& previous, const Tensor& attn, float keep, 
       const float* rows = attn.const_data_ptr<float>() + (row * kv_heads + head) * attn.size(2) * tokens;
       for (int64_t c = first; c < std::min(first + CHUNK, tokens); c += LANES) {
         const int64_t n = std::min(LANES, tokens - c);
-        vf average[BINS] = {}, hop[2][HOP] = {}, x[2 * HOP], found[BINS];
+        vf average[BINS] = {}, hop[2][HOP] = {};
         to_lanes(e + c * BINS, n, BINS, 1.0f / scale, average);
         to_lanes(last + c * HOP, n, HOP, 1.0f / scale, hop[1]);
         for (int64_t t = 0; t < hops; ++t) {
@@ -687,12 +754,7 @@ void advance_all(Tensor& ema, Tensor& previous, const Tensor& attn, float keep, 
             else
               for (int64_t l = 0; l < n; ++l) now[i][l] = from[l];
           }
-          for (int64_t i = 0; i < HOP; ++i) {
-            x[i] = before[i] * w.window[i];
-            x[HOP + i] = now[i] * w.window[HOP + i];
-          }
-          magnitudes(x, w, found);
-          for (int64_t b = 0; b < BINS; ++b) average[b] = keep * average[b] + (1.0f - keep) * found[b];
+          fold_frame(average, before, now, w, keep);
         }
         from_lanes(average, n, BINS, scale, e + c * BINS);
         from_lanes(hop[(hops - 1) % 2], n, HOP, scale, last + c * HOP);
@@ -712,6 +774,136 @@ void advance_(Tensor ema, Tensor previous, const Tensor& attn, double decay, dou
     advance_all<float>(ema, previous, attn, float(decay), float(scale));
 }
 
+template <typename S>
+void listen_all(Tensor& ema, Tensor& previous, Tensor& waiting, const Tensor& attn, at::IntArrayRef queries,
+                const c10::List<bool>& moving, float keep, float scale) {
+  const int64_t kv_heads = attn.size(1), count = attn.size(2), tokens = attn.size(3);
+  const Twiddles& w = twiddles();
+  auto of = [](Tensor& field, int64_t row, int64_t head) {
+    return field.data_ptr<S>() + row * field.stride(0) + head * field.stride(1);
+  };
+  for (int64_t row = 0; row < attn.size(0); ++row) {
+    if (!moving[row]) continue;
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      S *e = of(ema, row, head), *last = of(previous, row, head), *wait = of(waiting, row, head);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t phase = (queries[row] + i) % HOP;
+        const float* from = attn.const_data_ptr<float>() + ((row * kv_heads + head) * count + i) * tokens;
+        for (int64_t c = 0; c < tokens; ++c) wait[c * HOP + phase] = S(from[c] * scale);
+        if (phase + 1 < HOP) continue;
+        for (int64_t c = 0; c < tokens; c += LANES) {
+          const int64_t n = std::min(LANES, tokens - c);
+          vf average[BINS] = {}, before[HOP] = {}, now[HOP] = {};
+          to_lanes(e + c * BINS, n, BINS, 1.0f / scale, average);
+          to_lanes(last + c * HOP, n, HOP, 1.0f / scale, before);
+          to_lanes(wait + c * HOP, n, HOP, 1.0f / scale, now);
+          fold_frame(average, before, now, w, keep);
+          from_lanes(average, n, BINS, scale, e + c * BINS);
+        }
+        std::memcpy(last, wait, tokens * HOP * sizeof(S));
+        std::fill(wait, wait + tokens * HOP, S(0.0f));
+      }
+    }
+  }
+}
+
+// Note the attention of a few queries in `waiting`, and fold each hop of 16 that they finish as `advance_` does.
+//
+// ema, previous as of `advance_`, waiting [R, K, N, 16] of their type; attn [R, K, t, N] float32, contiguous; row r has
+// made queries[r] queries before these, and is left alone unless moving[r].
+void listen_(Tensor ema, Tensor previous, Tensor waiting, const Tensor& attn, at::IntArrayRef queries,
+             const c10::List<bool>& moving, double decay, double scale) {
+  if (ema.scalar_type() == at::kHalf)
+    listen_all<at::Half>(ema, previous, waiting, attn, queries, moving, float(decay), float(scale));
+  else
+    listen_all<float>(ema, previous, waiting, attn, queries, moving, float(decay), float(scale));
+}
+
+// -- storing ----------------------------------------------------------------------------------------------------------
+
+// The length of the fullest head, of the emptiest, and the free places of the head with the fewest.
+std::tuple<int64_t, int64_t, int64_t> extent(const Tensor& lengths, const Tensor& room) {
+  const int64_t *used = lengths.const_data_ptr<int64_t>(), *held = room.const_data_ptr<int64_t>();
+  int64_t most = 0, fewest = std::numeric_limits<int64_t>::max(), free = fewest;
+  for (int64_t i = 0; i < lengths.numel(); ++i) {
+    most = std::max(most, used[i]), fewest = std::min(fewest, used[i]);
+    free = std::min(free, held[i] - used[i]);
+  }
+  return {most, fewest, free};
+}
+
+// Append n tokens to every head of the rows that are `moving`, row r's at the positions from seen[r] on.
+//
+// keys [T, D] and values [T, V], those of head (r, k) from starts[r, k] on; positions [R, K, C] int32 and state [R, K,
+// C, ...], which starts at zero; lengths [R, K] tokens in use, counted on; new_keys [R, K, n, D], new_values [R, K, n, V].
+// Returns the `extent`.
+std::tuple<int64_t, int64_t, int64_t> append_(Tensor keys, Tensor values, const Tensor& starts, const Tensor& room,
+                                              Tensor lengths, Tensor positions, at::TensorList state,
+                                              const Tensor& new_keys, const Tensor& new_values,
+                                              at::IntArrayRef seen, const c10::List<bool>& moving) {
+  const int64_t heads = lengths.size(1), count = new_keys.size(2);
+  int64_t* used = lengths.data_ptr<int64_t>();
+  auto copy = [&](Tensor& to, const Tensor& from, int64_t row, int64_t head, int64_t place) {
+    const int64_t size = from.element_size();
+    const char* source = static_cast<const char*>(from.const_data_ptr()) +
+                         (row * from.stride(0) + head * from.stride(1)) * size;
+    char* target = static_cast<char*>(to.mutable_data_ptr()) + place * to.stride(0) * size;
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(target + i * to.stride(0) * size, source + i * from.stride(2) * size, from.size(3) * size);
+  };
+  for (int64_t row = 0; row < lengths.size(0); ++row) {
+    if (!moving[row]) continue;
+    for (int64_t head = 0; head < heads; ++head) {
+      int64_t& length = used[row * heads + head];
+      const int64_t place = starts.const_data_ptr<int64_t>()[row * heads + head] + length;
+      copy(keys, new_keys, row, head, place);
+      copy(values, new_values, row, head, place);
+      int32_t* p = positions.data_ptr<int32_t>() + row * positions.stride(0) + head * positions.stride(1) + length;
+      for (int64_t i = 0; i < count; ++i) p[i] = int32_t(seen[row] + i);
+      for (const Tensor& field : state) {
+        const int64_t size = field.element_size(), step = field.stride(2);
+        const int64_t at = row * field.stride(0) + head * field.stride(1) + length * step;
+        std::memset(static_cast<char*>(field.mutable_data_ptr()) + at * size, 0, count * step * size);
+      }
+      length += count;
+    }
+  }
+  return extent(lengths, room);
+}
+
+// Forget the tokens outside `mask` [R, K, N]; the others move to the front of their head's places, in their order.
+//
+// keys, values, starts, lengths as of `append_`; fields [R, K, C, ...], all of the padded ones.
+// Returns the `extent`.
+std::tuple<int64_t, int64_t, int64_t> keep_(Tensor keys, Tensor values, const Tensor& starts, const Tensor& room,
+                                            Tensor lengths, at::TensorList fields, const Tensor& mask) {
+  const int64_t heads = lengths.size(1);
+  at::parallel_for(0, lengths.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t row = pair / heads, head = pair % heads;
+      const bool* kept = mask.const_data_ptr<bool>() + row * mask.stride(0) + head * mask.stride(1);
+      int64_t& length = lengths.data_ptr<int64_t>()[pair];
+      auto pack = [&](const Tensor& field, int64_t from, int64_t step) {
+        const int64_t size = step * field.element_size();
+        char* data = static_cast<char*>(field.mutable_data_ptr()) + from * field.element_size();
+        int64_t to = 0;
+        for (int64_t i = 0; i < length; ++i) {
+          if (!kept[i * mask.stride(2)]) continue;
+          if (i != to) std::memcpy(data + to * size, data + i * size, size);
+          ++to;
+        }
+        return to;
+      };
+      const int64_t place = starts.const_data_ptr<int64_t>()[pair];
+      pack(keys, place * keys.stride(0), keys.stride(0));
+      for (const Tensor& field : fields)
+        pack(field, row * field.stride(0) + head * field.stride(1), field.stride(2));
+      length = pack(values, place * values.stride(0), values.stride(0));
+    }
+  });
+  return extent(lengths, room);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(namm_transfer, m) {
@@ -722,4 +914,16 @@ TORCH_LIBRARY(namm_transfer, m) {
       "(Tensor, Tensor)",
       &attend);
   m.def("advance_(Tensor(a!) ema, Tensor(b!) previous, Tensor attn, float decay, float scale) -> ()", &advance_);
+  m.def(
+      "listen_(Tensor(a!) ema, Tensor(b!) previous, Tensor(c!) waiting, Tensor attn, int[] queries, bool[] moving, "
+      "float decay, float scale) -> ()",
+      &listen_);
+  m.def(
+      "append_(Tensor(a!) keys, Tensor(b!) values, Tensor starts, Tensor room, Tensor(c!) lengths, Tensor(d!) "
+      "positions, Tensor(e!)[] state, Tensor new_keys, Tensor new_values, int[] seen, bool[] moving) -> (int, int, int)",
+      &append_);
+  m.def(
+      "keep_(Tensor(a!) keys, Tensor(b!) values, Tensor starts, Tensor room, Tensor(c!) lengths, Tensor(d!)[] fields, "
+      "Tensor mask) -> (int, int, int)",
+      &keep_);
 }
