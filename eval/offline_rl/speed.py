@@ -54,14 +54,17 @@ some have ended: then rows no longer share their hops and decisions."""
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What to measure: `turns` turns of `steps` vector steps each, after `warm_up` steps of every agent."""
+    """What to measure: `turns` turns of `steps` vector steps each, after `warm_up` steps of every agent.
+
+    By default a turn's tokens are those of one `update_interval`, so that each turn holds as many decisions.
+    """
 
     num_envs: int = 8
     windows: tuple[int, ...] = (20, 64)
     update_interval: int = 48
     turns: int = 8
-    steps: int = 10
-    warm_up: int = 70
+    steps: int = 16
+    warm_up: int = 80
     threads: int = 1
 
     def __post_init__(self) -> None:
