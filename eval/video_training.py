@@ -71,12 +71,17 @@ def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
     """Whether the folder holds a host that was trained with these settings, of which nothing is left to do.
 
     Raises:
-        CheckpointError: it holds one of other settings, which would be lost.
+        CheckpointError: it holds one of other settings, which would be lost; or what it says of them cannot be read.
     """
     told = out_dir / "training.json"
     if not told.is_file() or (out_dir / "checkpoint.pt").is_file():
         return False
-    stored = json.loads(told.read_text()).get("config", {})
+    try:
+        stored = json.loads(told.read_text())["config"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{told} does not say how its host was trained ({type(error).__name__}: {error}): train into another folder"
+        ) from error
     expected = as_stored(config)
     if stored != expected:
         other = ", ".join(differing(stored, expected))
