@@ -158,7 +158,8 @@ def load_video_llm(pretrained: str, dtype: str = "auto") -> tuple[PreTrainedMode
     """A video LLM in evaluation mode and its reader.
 
     Args:
-        pretrained: "packaged", a folder (of transformers, or of `namm-transfer train video_llm`), or a Hub id.
+        pretrained: "packaged", the name of a packaged host, a folder (of transformers, or of `namm-transfer train
+            video_llm`), or a Hub id.
         dtype: one of `DTYPES`; "auto" is what the weights were saved in (the packaged one runs in float32).
 
     Raises:
@@ -167,7 +168,7 @@ def load_video_llm(pretrained: str, dtype: str = "auto") -> tuple[PreTrainedMode
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    folder = packaged_host.PACKAGED if pretrained == "packaged" else Path(pretrained)
+    folder = {"packaged": packaged_host.PACKAGED, **packaged_host.PACKAGED_HOSTS}.get(pretrained, Path(pretrained))
     if (folder / "tokenizer.json").is_file() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         model, processor = packaged_host.load_host(folder)
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), PackagedReader(processor)

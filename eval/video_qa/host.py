@@ -1,4 +1,4 @@
-"""The packaged video LLM: a small LLaVA-NeXT-Video with its tokenizer and processing, all local.
+"""The packaged video LLMs: each a small LLaVA-NeXT-Video with its tokenizer and processing, all local.
 
 Shape letters: T frames, S side of a frame in pixels, L tokens of a prompt.
 """
@@ -28,9 +28,10 @@ from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
 
-PACKAGED = Path(__file__).resolve().parent.parent / "assets" / "hosts" / "video_llm"
-PACKAGED_HOSTS: dict[str, Path] = {"llava_next_video": PACKAGED}
-"""Folders of the packaged video LLMs, by name."""
+_HOSTS = Path(__file__).resolve().parent.parent / "assets" / "hosts"
+PACKAGED = _HOSTS / "video_llm"
+PACKAGED_HOSTS: dict[str, Path] = {"llava_next_video": PACKAGED, "llava_next_video_suite": _HOSTS / "suite_llm"}
+"""Folders of the packaged video LLMs, by name: of the packaged clips' questions, and of the suite's."""
 PATCH = 8
 POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2

@@ -21,6 +21,7 @@ from namm_transfer.eval.video_qa.suite.clips import FRAMES, TRAIN_SEEDS, make_cl
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, write_clips
 from namm_transfer.eval.video_qa.suite.questions import FAMILIES
 from namm_transfer.eval.video_qa.suite.task import SuiteQA
+from namm_transfer.eval.workers import build_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*read alike to the host", "ignore:.*the host was made for")
 
@@ -118,6 +119,29 @@ def test_every_length_is_read_whole(suite: SuiteQA, frames: int) -> None:
     (outcome,) = long.evaluate(long.units(0), policy("streaming", budget=64), 0)
     assert 16 * frames < outcome.tokens_seen < 16 * frames + 100
     assert outcome.detail["family"] == "needle"
+
+
+def asked_of_the_packaged_host(clips: int) -> SuiteQA:
+    task: SuiteQA = build_task(composed("eval", ["task=video_qa/suite", f"task.clips={clips}"])["task"])
+    return task
+
+
+@pytest.mark.filterwarnings("error:.*read alike to the host")
+def test_the_packaged_host_answers_every_family() -> None:
+    suite = asked_of_the_packaged_host(6)
+    outcomes = list(suite.evaluate(suite.units(0), policy("full"), 0))
+    right = Counter(outcome.detail["family"] for outcome in outcomes if outcome.score == 1.0)
+    assert sum(right.values()) >= 40, right  # of 48; 0.92 of many
+    assert set(right) == set(FAMILIES)
+
+
+def test_the_packaged_host_needs_its_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown another clip, it must fall towards chance: the answers come from the frames."""
+    suite = asked_of_the_packaged_host(6)
+    following = {clip: suite.clip_path((number + 1) % 6) for number, clip in enumerate(suite._clips)}
+    monkeypatch.setattr(SuiteQA, "_file", lambda self, clip: following[clip.path.stem])
+    outcomes = list(suite.evaluate(suite.units(0), policy("full"), 0))
+    assert sum(outcome.score for outcome in outcomes) <= 0.6 * len(outcomes)
 
 
 def test_eval_and_inspect_take_the_configuration(tiny_hosts: Path, tmp_path: Path) -> None:
