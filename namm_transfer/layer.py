@@ -323,7 +323,8 @@ class LayerMemory(CacheLayerMixin):
                 if moving[first] and seen % self.update_interval == 0:
                     part = tokens.rows(first, last)
                     self._decide(LayerView(part, self.index, (first, last), seen, seen, self.update_interval))
-            tokens.recount()
+                    if part is not tokens:
+                        tokens.recount()
         return out
 
     def _stream(self, mask: RunMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:

@@ -176,13 +176,7 @@ class TokenStore:
                 place = field[:, :, self.width : end]
                 place.copy_(new[name]) if name in new else place.zero_()
         else:
-            index = self.lengths.unsqueeze(-1) + torch.arange(count, device=self.lengths.device)  # [B, K, n]
-            for name, field in self.fields.items():
-                where = index.view(*index.shape, *[1] * (field.ndim - 3)).expand(*index.shape, *field.shape[3:])
-                if name in new:
-                    field.scatter_(2, where, new[name].to(field.dtype))
-                else:
-                    field.scatter_(2, where, 0)
+            self._scatter(new, self.lengths.unsqueeze(-1) + torch.arange(count, device=self.lengths.device))
         self.lengths += count
         self.width = end
 
@@ -208,19 +202,26 @@ class TokenStore:
         steps = torch.arange(count, device=device)
         positions = torch.tensor(seen, device=device).view(-1, 1, 1) + steps
         new = {"keys": keys, "values": values, "positions": positions.expand(*keys.shape[:3])}
+        if all(rows):
+            self.append(new)  # which reads nothing back from the device
+            return
         numbers = self.lengths.unsqueeze(-1) + steps
         if self.flat is not None:
             for name in self.flat.fields:
                 self.flat.write(name, numbers, new[name])
+        # the first free places are written in every row, and counted in those that get tokens
+        self._scatter(new, numbers)
+        self.lengths += count * torch.tensor(rows, device=device).unsqueeze(1)
+        self.recount()
+
+    def _scatter(self, new: dict[str, Tensor], numbers: Tensor) -> None:
+        """Put tokens at the heads' places ``numbers`` [B, K, n] of the padded fields; zero in fields not named."""
         for name, field in self.fields.items():
             where = numbers.view(*numbers.shape, *[1] * (field.ndim - 3)).expand(*numbers.shape, *field.shape[3:])
-            # the first free places are written in every row, and counted in those that get tokens
             if name in new:
                 field.scatter_(2, where, new[name].to(field.dtype))
             else:
                 field.scatter_(2, where, 0)
-        self.lengths += count * torch.tensor(rows, device=device).unsqueeze(1)
-        self.recount()
 
     def keep(self, mask: Tensor) -> None:
         """Forget every token outside ``mask`` [B, K, N]; the order of the others stays."""
