@@ -27,6 +27,7 @@ from namm_transfer.scoring import check_budget
 __all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_shared", "study"]
 
 _SHARED = "rules_shared"
+_BY_KIND = "rules_by_kind"
 
 
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -39,6 +40,12 @@ def columns_shared(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, 
     """Rules whose budget the heads of a layer share, as a NAMM's do by default."""
     settings = {rule: {"name": rule, "allocation": "per_layer"} for rule in rules}
     return {f"{rule}_shared-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
+
+
+def columns_by_kind(rules: Sequence[str], kinds: int, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Rules whose budget is divided among tokens that come in so many kinds."""
+    settings = {rule: {"name": rule, "kinds": kinds} for rule in rules}
+    return {f"{rule}_by_kind-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
 
 
 def columns_of_namm(
@@ -65,7 +72,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
 
     Args:
         config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
-            policy), `thresholds`, `rules`, `shared_rules`, `matched`, `budgets`, `seed`, `executor`.
+            policy), `thresholds`, `rules`, `shared_rules`, `rules_by_kind`, `kinds`, `matched`, `budgets`, `seed`,
+            `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -79,7 +87,9 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
         if isinstance(check_budget(budget), int):
             raise BudgetError(f"budgets are fractions of the tokens seen; got {budget!r}")
     if bad := [
-        name for name in namms if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules", _SHARED)
+        name
+        for name in namms
+        if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules", _SHARED, _BY_KIND)
     ]:
         raise ConfigError(
             f"namms has the columns {bad}; expected names of letters, digits and underscores of their own"
@@ -87,6 +97,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
     if config["shared_rules"]:
         parts[_SHARED] = columns_shared(config["shared_rules"], budgets)
+    if config["rules_by_kind"]:
+        parts[_BY_KIND] = columns_by_kind(config["rules_by_kind"], config["kinds"], budgets)
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts and config["matched"]:
         parts[REFERENCE] |= columns_matched(config["rules"])

@@ -103,6 +103,9 @@ class Policy(ABC):
         allocation: "per_head": each head keeps so many. "per_layer": the heads of a layer compete for what they may
             keep together, so that one that needs much takes it from one that needs little (Feng et al., "Ada-KV",
             NeurIPS 2025). For scores that mean the same in every head.
+        kinds: the tokens are of so many kinds in turn (a decision transformer's are a return, a state and an action).
+            Each kind gets an equal part of the budget, for which its tokens compete among themselves: kinds that get
+            little attention throughout are not forgotten for that.
     """
 
     name: ClassVar[str]
@@ -113,6 +116,7 @@ class Policy(ABC):
 
     budget: Budget | None = field(default=None)
     allocation: Allocation = "per_head"
+    kinds: int = 1
 
     optional_budget: ClassVar[bool] = False
     """The policy works without a budget too."""
@@ -121,6 +125,7 @@ class Policy(ABC):
         object.__setattr__(self, "budget", check_budget(self.budget, optional=self.optional_budget))
         if self.allocation not in get_args(Allocation):
             raise ConfigError(f"allocation must be one of {get_args(Allocation)}; got {self.allocation!r}")
+        check_count("kinds", self.kinds, 1)
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""
@@ -180,15 +185,27 @@ class Policy(ABC):
         """The best tokens within the budget, of each head or of all together; between equal scores the newer stays."""
         count = self.allowance(view)
         ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
+        if self.kinds == 1:
+            return self._best(ranked, count) & view.valid()
+        # counted back from the newest token, whose kind comes first where the budget cannot be divided
+        kind = (view.seen - 1 - view.tokens["positions"]) % self.kinds
+        chosen = torch.zeros_like(view.valid())
+        for number in range(self.kinds):
+            own = kind == number
+            share = (count + self.kinds - 1 - number) // self.kinds
+            chosen |= self._best(ranked.masked_fill(~own, -math.inf), share) & own
+        return chosen & view.valid()
+
+    def _best(self, ranked: Tensor, count: int) -> Tensor:
+        """[R, K, N] bool: of each head the ``count`` highest of [R, K, N] scores, or as many of all heads together."""
         rows, heads, width = ranked.shape
         if pooled := self.allocation == "per_layer":
             ranked, count = ranked.transpose(1, 2).reshape(rows, 1, width * heads), count * heads
         order = torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
         chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked.shape[-1] - 1 - order, True)
-        if pooled:
-            chosen = chosen.view(rows, width, heads).transpose(1, 2)
-        return chosen & view.valid()
+        return chosen.view(rows, width, heads).transpose(1, 2) if pooled else chosen
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, to be written beside results and saved memories."""
-        return {"name": self.name, "budget": self.budget, "allocation": self.allocation}
+        described = {"name": self.name, "budget": self.budget, "allocation": self.allocation}
+        return described if self.kinds == 1 else described | {"kinds": self.kinds}

@@ -29,6 +29,8 @@ def config(tmp_path, monkeypatch):
         "thresholds": [],
         "rules": ["h2o", "random"],
         "shared_rules": [],
+        "rules_by_kind": [],
+        "kinds": 3,
         "matched": True,
         "budgets": [0.25, 0.5],
         "seed": 0,
@@ -73,6 +75,15 @@ def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
     assert {(column["name"], column["allocation"]) for column in columns.values()} == {("h2o", "per_layer")}
     lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
     assert lines["h2o_shared-0.5"]["ahead"] is not None
+
+
+def test_rules_divide_the_budget_by_kind_where_asked(config, console, tmp_path):
+    config["namms"]["by_kind"] = {"namm": str(tmp_path / "two"), "kinds": 2}
+    rows = study(config | {"rules_by_kind": ["h2o"], "kinds": 2}, tmp_path / "out", [], console)
+    assert {row.policy for row in rows if "h2o_by_kind" in row.policy} == {"h2o_by_kind-0.25", "h2o_by_kind-0.5"}
+    for part in ("rules_by_kind", "by_kind"):
+        columns = OmegaConf.load(tmp_path / "out" / part / "config.yaml").policies
+        assert {column["kinds"] for column in columns.values()} == {2}
 
 
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):

@@ -49,6 +49,51 @@ def test_the_best_of_all_heads_stay(lengths: list[list[int]], budget: int, seed:
     assert not (keep & ~view.valid()).any()
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 14), min_size=2, max_size=2), min_size=1, max_size=2),
+    budget=st.integers(1, 12),
+    kinds=st.integers(2, 4),
+    seed=st.integers(0, 99),
+    allocation=st.sampled_from(["per_head", "per_layer"]),
+)
+def test_each_kind_has_its_part_of_the_budget(
+    lengths: list[list[int]], budget: int, kinds: int, seed: int, allocation: str
+) -> None:
+    counts, seen = torch.tensor(lengths), 20
+    width, rng = int(counts.max()), np.random.default_rng(seed)
+    positions = np.zeros((*counts.shape, width), np.int64)
+    for row, of_row in enumerate(lengths):
+        for head, length in enumerate(of_row):  # any of the earlier tokens, and the newest
+            positions[row, head, :length] = [*sorted(rng.choice(seen - 1, length - 1, replace=False)), seen - 1]
+    scores = rng.integers(0, 4, positions.shape)
+    store = TokenStore.from_padded({"positions": torch.from_numpy(positions).int()}, counts)
+    chosen = policy("h2o", budget=budget, allocation=allocation, kinds=kinds)
+    keep = chosen.rank(LayerView(store, 0, (0, len(counts)), seen, seen, 16), torch.from_numpy(scores).float())
+    for row, of_row in enumerate(lengths):
+        pools = [[0, 1]] if allocation == "per_layer" else [[0], [1]]
+        for pool in pools:
+            for kind in range(kinds):
+                tokens = [
+                    (positions[row, head, place] == seen - 1, scores[row, head, place], bool(keep[row, head, place]))
+                    for head in pool
+                    for place in range(of_row[head])
+                    if positions[row, head, place] % kinds == kind
+                ]
+                extra = (seen - 1 - kind) % kinds < budget % kinds  # the newest token's kind comes first
+                share = (budget // kinds + extra) * len(pool)
+                kept = sorted(token[:2] for token in tokens if token[2])
+                assert len(kept) == min(share, len(tokens))
+                assert kept == sorted(sorted((token[:2] for token in tokens), reverse=True)[: len(kept)])
+    assert keep.gather(2, (counts - 1).unsqueeze(-1)).all()
+
+
+@pytest.mark.parametrize("kinds", [0, 2.0, True])
+def test_kinds_are_counted(kinds: object) -> None:
+    with pytest.raises(ConfigError, match="kinds must be an int of at least 1"):
+        policy("h2o", budget=3, kinds=kinds)
+
+
 def test_heads_keep_different_numbers_of_tokens_within_the_layers_budget(
     llama: Callable[..., PreTrainedModel],
 ) -> None:
