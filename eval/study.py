@@ -51,14 +51,16 @@ def columns_by_kind(rules: Sequence[str], kinds: int, budgets: Sequence[float]) 
 def columns_of_namm(
     name: str, namm: str | Mapping[str, Any], budgets: Sequence[float], thresholds: Sequence[float] = ()
 ) -> dict[str, dict[str, Any]]:
-    """A NAMM by threshold, at zero and at others, and by rank at every budget.
+    """A NAMM by threshold, at zero and at others, and by rank at every budget; by rank alone if it ranks by kind.
 
     The heads of a layer share a budget: a NAMM's scores mean the same in all of them, or one threshold could not serve.
     """
     options = {"namm": namm} if isinstance(namm, str) else namm
     settings = {"name": "namm", "allocation": "per_layer", **options}
-    moved = {f"{name}{THRESHOLD}{threshold}": settings | {"threshold": threshold} for threshold in thresholds}
     ranked = {f"{name}-{budget}": settings | {"budget": budget} for budget in budgets}
+    if settings.get("kinds", 1) != 1:  # which divide a budget, and are of no effect on a threshold
+        return ranked
+    moved = {f"{name}{THRESHOLD}{threshold}": settings | {"threshold": threshold} for threshold in thresholds}
     return {name: settings, **moved, **ranked}
 
 

@@ -84,6 +84,7 @@ def test_rules_divide_the_budget_by_kind_where_asked(config, console, tmp_path):
     for part in ("rules_by_kind", "by_kind"):
         columns = OmegaConf.load(tmp_path / "out" / part / "config.yaml").policies
         assert {column["kinds"] for column in columns.values()} == {2}
+        assert len(columns) == 2  # the budgets; by threshold it would be the NAMM without kinds
 
 
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
