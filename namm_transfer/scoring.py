@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
@@ -105,7 +105,7 @@ class Policy(ABC):
             NeurIPS 2025). For scores that mean the same in every head.
         kinds: the tokens are of so many kinds in turn (a decision transformer's are a return, a state and an action).
             Each kind gets an equal part of the budget, for which its tokens compete among themselves: kinds that get
-            little attention throughout are not forgotten for that.
+            little attention throughout are not forgotten for that. Parts that differ are given one by one: (2, 1, 1).
     """
 
     name: ClassVar[str]
@@ -116,7 +116,7 @@ class Policy(ABC):
 
     budget: Budget | None = field(default=None)
     allocation: Allocation = "per_head"
-    kinds: int = 1
+    kinds: int | Sequence[int] = 1
 
     optional_budget: ClassVar[bool] = False
     """The policy works without a budget too."""
@@ -125,7 +125,11 @@ class Policy(ABC):
         object.__setattr__(self, "budget", check_budget(self.budget, optional=self.optional_budget))
         if self.allocation not in get_args(Allocation):
             raise ConfigError(f"allocation must be one of {get_args(Allocation)}; got {self.allocation!r}")
-        check_count("kinds", self.kinds, 1)
+        if isinstance(self.kinds, Sequence) and not isinstance(self.kinds, str):
+            object.__setattr__(self, "kinds", tuple(self.kinds))
+            check_count("the number of kinds", len(self.parts), 1)
+        for part in self.parts if isinstance(self.kinds, tuple) else (self.kinds,):
+            check_count("kinds", part, 1)
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""
@@ -175,6 +179,11 @@ class Policy(ABC):
         """[R, K, N] bool: the tokens to retain. By rank within the budget; the newest token always stays."""
         return self.rank(view, self.scores(view))
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The budget's parts for each kind of tokens."""
+        return (1,) * self.kinds if isinstance(self.kinds, int) else tuple(self.kinds)
+
     def allowance(self, view: LayerView) -> int:
         """The budget in tokens at this decision."""
         budget = check_budget(self.budget)
@@ -185,14 +194,15 @@ class Policy(ABC):
         """The best tokens within the budget, of each head or of all together; between equal scores the newer stays."""
         count = self.allowance(view)
         ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
-        if self.kinds == 1:
+        parts, whole = self.parts, sum(self.parts)
+        if len(parts) == 1:
             return self._best(ranked, count) & view.valid()
-        # counted back from the newest token, whose kind comes first where the budget cannot be divided
-        kind = (view.seen - 1 - view.tokens["positions"]) % self.kinds
+        kind, newest = view.tokens["positions"] % len(parts), (view.seen - 1) % len(parts)
+        left = count - sum(count * part // whole for part in parts)  # for the newest token's kind, and those before it
         chosen = torch.zeros_like(view.valid())
-        for number in range(self.kinds):
+        for number, part in enumerate(parts):
             own = kind == number
-            share = (count + self.kinds - 1 - number) // self.kinds
+            share = count * part // whole + int((newest - number) % len(parts) < left)
             chosen |= self._best(ranked.masked_fill(~own, -math.inf), share) & own
         return chosen & view.valid()
 
@@ -208,4 +218,5 @@ class Policy(ABC):
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, to be written beside results and saved memories."""
         described = {"name": self.name, "budget": self.budget, "allocation": self.allocation}
-        return described if self.kinds == 1 else described | {"kinds": self.kinds}
+        kinds = self.kinds if isinstance(self.kinds, int) else list(self.kinds)
+        return described if kinds == 1 else described | {"kinds": kinds}

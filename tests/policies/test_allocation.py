@@ -53,14 +53,14 @@ def test_the_best_of_all_heads_stay(lengths: list[list[int]], budget: int, seed:
 @given(
     lengths=st.lists(st.lists(st.integers(1, 14), min_size=2, max_size=2), min_size=1, max_size=2),
     budget=st.integers(1, 12),
-    kinds=st.integers(2, 4),
+    parts=st.lists(st.integers(1, 3), min_size=2, max_size=4),
     seed=st.integers(0, 99),
     allocation=st.sampled_from(["per_head", "per_layer"]),
 )
 def test_each_kind_has_its_part_of_the_budget(
-    lengths: list[list[int]], budget: int, kinds: int, seed: int, allocation: str
+    lengths: list[list[int]], budget: int, parts: list[int], seed: int, allocation: str
 ) -> None:
-    counts, seen = torch.tensor(lengths), 20
+    counts, seen, kinds = torch.tensor(lengths), 20, len(parts)
     width, rng = int(counts.max()), np.random.default_rng(seed)
     positions = np.zeros((*counts.shape, width), np.int64)
     for row, of_row in enumerate(lengths):
@@ -68,7 +68,9 @@ def test_each_kind_has_its_part_of_the_budget(
             positions[row, head, :length] = [*sorted(rng.choice(seen - 1, length - 1, replace=False)), seen - 1]
     scores = rng.integers(0, 4, positions.shape)
     store = TokenStore.from_padded({"positions": torch.from_numpy(positions).int()}, counts)
-    chosen = policy("h2o", budget=budget, allocation=allocation, kinds=kinds)
+    chosen = policy("h2o", budget=budget, allocation=allocation, kinds=kinds if set(parts) == {1} else parts)
+    exact = [budget * part / sum(parts) for part in parts]
+    left = budget - sum(int(part) for part in exact)
     keep = chosen.rank(LayerView(store, 0, (0, len(counts)), seen, seen, 16), torch.from_numpy(scores).float())
     for row, of_row in enumerate(lengths):
         pools = [[0, 1]] if allocation == "per_layer" else [[0], [1]]
@@ -80,15 +82,15 @@ def test_each_kind_has_its_part_of_the_budget(
                     for place in range(of_row[head])
                     if positions[row, head, place] % kinds == kind
                 ]
-                extra = (seen - 1 - kind) % kinds < budget % kinds  # the newest token's kind comes first
-                share = (budget // kinds + extra) * len(pool)
+                extra = (seen - 1 - kind) % kinds < left  # the newest token's kind comes first
+                share = (int(exact[kind]) + extra) * len(pool)
                 kept = sorted(token[:2] for token in tokens if token[2])
                 assert len(kept) == min(share, len(tokens))
                 assert kept == sorted(sorted((token[:2] for token in tokens), reverse=True)[: len(kept)])
     assert keep.gather(2, (counts - 1).unsqueeze(-1)).all()
 
 
-@pytest.mark.parametrize("kinds", [0, 2.0, True])
+@pytest.mark.parametrize("kinds", [0, 2.0, True, [2, 0], [1.5], "31", []])
 def test_kinds_are_counted(kinds: object) -> None:
     with pytest.raises(ConfigError, match="kinds must be an int of at least 1"):
         policy("h2o", budget=3, kinds=kinds)
