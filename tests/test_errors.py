@@ -140,8 +140,8 @@ def test_an_unknown_option_names_the_nearest(make_namm) -> None:
         policy("snapkv", budget=5, windows=4)
     with pytest.raises(ConfigError, match=r"'namm' has no option 'evicton' \(did you mean 'eviction'\?\)"):
         policy("namm", namm=make_namm(), evicton="per_head")
-    with pytest.raises(ConfigError, match="'tova' has no option 'sinks'; it has budget"):
-        policy("tova", budget=5, sinks=4)
+    with pytest.raises(ConfigError, match="'tova' has no option 'temperature'; it has budget"):
+        policy("tova", budget=5, temperature=4)
 
 
 @pytest.mark.parametrize(
