@@ -92,6 +92,8 @@ class DecisionTransformerHost(Host):
     default_interval = 48
     cache: MemoryCache | None = None
     _before: str | None = None
+    _blocks: Blocks | None = None
+    """The encoder without its modules' calls, where they can be left out; as it was at the last reset."""
 
     def __init__(
         self,
@@ -281,12 +283,12 @@ class DecisionTransformerHost(Host):
                 mask[:, 0] = torch.from_numpy(begun)
                 mask = mask.to(states.device)
         embeds = model.embed_ln(torch.stack(tokens, dim=1))
-        # Here and not later: what has gone into the memory cannot be taken back.
+        # Here and not later: what has gone into the memory cannot be taken back. A finite sum has finite summands.
         if not math.isfinite(float(embeds.sum())):
             given = torch.cat([states, returns_to_go.unsqueeze(-1)], dim=1)
             self._check_finite(given, "hold values that are NaN or infinite")
             self._check_finite(embeds, "are too large for the model: its tokens would be NaN or infinite")
-        if self._blocks is not None and self._blocks.unwatched:
+        if self._blocks is not None and self._blocks.current:
             last = self._blocks.last(embeds, cache, mask)
         else:
             hidden = model.encoder(
@@ -342,7 +344,8 @@ class DecisionTransformerHost(Host):
         return torch.from_numpy(scaled).to(self.model.device)
 
     def _numbers(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
-        """What an environment gave, as a tensor without a graph."""
+        """What an environment gave, as a tensor without a graph, where the last actions are: the model's own
+        properties walk through its parameters."""
         try:
             found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         except (TypeError, ValueError) as error:

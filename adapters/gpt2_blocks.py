@@ -23,15 +23,20 @@ from namm_transfer.memory import MemoryCache
 
 __all__ = ["Blocks"]
 
-_CALLED = (
-    modeling.DecisionTransformerGPT2Model,
-    modeling.DecisionTransformerGPT2Block,
-    modeling.DecisionTransformerGPT2Attention,
-    modeling.DecisionTransformerGPT2MLP,
-    nn.LayerNorm,
-    Conv1D,
-)
-"""Modules whose call is written out here."""
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        modeling.DecisionTransformerGPT2Model,
+        modeling.DecisionTransformerGPT2Block,
+        modeling.DecisionTransformerGPT2Attention,
+        modeling.DecisionTransformerGPT2MLP,
+        nn.Dropout,
+        nn.Embedding,
+        nn.LayerNorm,
+        Conv1D,
+    )
+}
+"""The calls that are written out here, by kind of module."""
 
 
 class _Block(NamedTuple):
@@ -55,10 +60,17 @@ class Blocks:
             projections = tuple((x.bias, x.weight) for x in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
             self._blocks.append(_Block(attn, (_norm(block.ln_1), _norm(block.ln_2)), projections, mlp.act))
         self._last_norm = _norm(encoder.ln_f)
-        self._dropouts = [part for part in encoder.modules() if isinstance(part, nn.Dropout)]
+        parts = [*encoder.modules()]
+        self._dropouts = [part for part in parts if isinstance(part, nn.Dropout)]
         self._hooks = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
-        for part in encoder.modules():
-            self._hooks += [part._forward_hooks, part._forward_pre_hooks]
+        self._hooks += [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._vars = [vars(part) for part in parts]
+        self._held = [
+            (held, name, value)
+            for part in parts
+            for held in (part._modules, part._parameters)
+            for name, value in held.items()
+        ]
 
     @classmethod
     def of(cls, encoder: Any) -> Self | None:
@@ -66,18 +78,26 @@ class Blocks:
         if type(encoder) is not modeling.DecisionTransformerGPT2Model or encoder.config.add_cross_attention:
             return None
         blocks: Any = encoder.h
-        called = [encoder, encoder.ln_f]
+        called: list[nn.Module] = [encoder, encoder.drop, encoder.wpe, encoder.ln_f]
         for block in blocks:
-            called += [x for x in block.modules() if x is not block.mlp.act and not isinstance(x, nn.Dropout)]
-        # libraries that wrap a module's call put it into the instance
-        if any(type(part) not in _CALLED or "forward" in vars(part) for part in called):
+            called += [part for part in block.modules() if part is not block.mlp.act]
+        if any(type(part).forward is not _FORWARDS.get(type(part)) for part in called):
             return None
         return cls(encoder)
 
     @property
-    def unwatched(self) -> bool:
-        """Whether leaving out the modules' calls is noticed by nobody: none has a hook, no dropout is in force."""
-        return not any(self._hooks) and not any(dropout.training for dropout in self._dropouts)
+    def current(self) -> bool:
+        """Whether calling the encoder would compute the same, and nobody would notice that it is not called.
+
+        No module or parameter has been exchanged, no module's call has been wrapped in its instance (as some libraries
+        do) or has a hook, and no dropout is in force.
+        """
+        return not (
+            any(self._hooks)
+            or any("forward" in own for own in self._vars)
+            or any(dropout.training for dropout in self._dropouts)
+            or any(held.get(name) is not value for held, name, value in self._held)
+        )
 
     def last(self, embeds: Tensor, cache: MemoryCache, padding: Tensor | None) -> Tensor:
         """What the encoder makes of the last token, [B, W], every token at position 0.

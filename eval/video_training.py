@@ -77,7 +77,7 @@ def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
     if not told.is_file() or (out_dir / "checkpoint.pt").is_file():
         return False
     try:
-        stored = json.loads(told.read_text())["config"]
+        stored = dict(json.loads(told.read_text())["config"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{told} does not say how its host was trained ({type(error).__name__}: {error}): train into another folder"

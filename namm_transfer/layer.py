@@ -207,11 +207,12 @@ class LayerMemory(CacheLayerMixin):
         given = None if mask.padding is None else mask.padding[:, self.total : self.total + count]
         added = [count] * len(self.seen) if given is None else given.sum(-1).tolist()
         unfinished = self.policy.unfinished_fields(key.dtype)
-        in_steps = self._in_steps(mask, added, count, query.device)
+        few = count < HOP and mask.causal
+        in_steps = few or self._token_by_token(mask, added, count, query.device)
         if in_steps or any(s % HOP or (s + n) % HOP for s, n in zip(self.seen, added, strict=True)):
             self.tokens.add_fields(unfinished)
         if in_steps:
-            out = self._steps(mask, query, key, value, options, given)
+            out = self._steps(mask, query, key, value, options, given, whole=few)
         else:
             out = self._by_runs(mask, query, key, value, options, given, added)
         self.total += count
@@ -220,15 +221,13 @@ class LayerMemory(CacheLayerMixin):
         self.tokens.trim(settled=count > HOP)
         return out
 
-    def _in_steps(self, mask: AttentionMask, added: list[int], count: int, device: torch.device) -> bool:
-        """Whether the ``count`` new tokens are so few that all rows take them in together, wherever they are."""
-        if mask.causal and count < HOP:
-            return True
-        if count > HOP:
-            return False
+    def _token_by_token(self, mask: AttentionMask, added: list[int], count: int, device: torch.device) -> bool:
+        """Whether a hop at most is taken in token by token, since rows are at different points."""
         points = list(runs(list(zip(self.seen, added, strict=True))))
+        if len(points) == 1 or count > HOP:
+            return False
         # a query that attends to later tokens (of an image) needs them beside it
-        return len(points) > 1 and not any(
+        return mask.causal or not any(
             RunMask(mask, a, b, device).reaches_ahead(self.seen[a], self.seen[a] + added[a]) for a, b in points
         )
 
@@ -263,11 +262,16 @@ class LayerMemory(CacheLayerMixin):
         value: Tensor,
         options: AttentionOptions,
         given: Tensor | None,
+        *,
+        whole: bool,
     ) -> Tensor:
-        """Take in at most 16 tokens of each row, ``given`` [B, Q] of them, piece by piece. Returns [B, H, Q, V]."""
+        """Take in at most 16 tokens of each row, ``given`` [B, Q] of them, piece by piece. Returns [B, H, Q, V].
+
+        Unless ``whole``, a piece is one token.
+        """
         columns = [[True] * len(self.seen)] * query.shape[2] if given is None else given.T.tolist()
         out = []
-        for start, stop in self._pieces(columns, mask.causal and len(columns) < HOP):
+        for start, stop in self._pieces(columns, whole):
             q, k, v = (query, key, value)
             if stop - start < len(columns):
                 q, k, v = (x[:, :, start:stop] for x in (query, key, value))
@@ -309,22 +313,18 @@ class LayerMemory(CacheLayerMixin):
             visible = rows.visible_newest(tokens, torch.tensor(before, device=key.device))
         observer = None
         if policy.observes:
-            whole = LayerView(tokens, self.index, (0, len(moving)), 0, 0, self.update_interval)
-            observer = partial(policy.observe_apart, whole, before, moving)
+            observer = partial(policy.observe_apart, tokens, self.index, self.update_interval, before, moving)
         out = Context(tokens, options, count).attend(query, visible, observer)
         if not all(moving):  # a row without a new token attended to nothing
             out = out.masked_fill(~torch.tensor(moving, device=key.device).view(-1, 1, 1, 1), 0.0)
         self.seen = [s + count * moves for s, moves in zip(before, moving, strict=True)]
-        if policy.evicts and any(
-            moves and s % self.update_interval == 0 for s, moves in zip(self.seen, moving, strict=True)
-        ):
-            for first, last in runs(list(zip(self.seen, moving, strict=True))):
-                seen = self.seen[first]
-                if moving[first] and seen % self.update_interval == 0:
-                    part = tokens.rows(first, last)
-                    self._decide(LayerView(part, self.index, (first, last), seen, seen, self.update_interval))
-                    if part is not tokens:
-                        tokens.recount()
+        for first, last in runs(list(zip(self.seen, moving, strict=True))) if policy.evicts else ():
+            seen = self.seen[first]
+            if moving[first] and seen % self.update_interval == 0:
+                part = tokens.rows(first, last)
+                self._decide(LayerView(part, self.index, (first, last), seen, seen, self.update_interval))
+                if part is not tokens:
+                    tokens.recount()
         return out
 
     def _stream(self, mask: RunMask, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:

@@ -150,11 +150,16 @@ class Policy(ABC):
         :class:`Observed` folds, a backend may fold without them.
         """
 
-    def observe_apart(self, view: LayerView, queries: list[int], moving: list[bool], attn: Observed) -> None:
-        """Take note of a tile of fewer than 16 queries of rows that may be at different points.
+    def observe_apart(
+        self, tokens: TokenStore, layer: int, interval: int, queries: list[int], moving: list[bool], attn: Observed
+    ) -> None:
+        """Take note of a tile of fewer than 16 queries of rows that may be at different points of their sequences.
+
+        What is the same for every policy: :meth:`observe` is shown neighbours at the same point, hop by hop. A policy
+        that overrides it does the same at once.
 
         Args:
-            view: of all B rows; what it says of their points means nothing.
+            tokens, layer, interval: as of a :class:`LayerView`, of all B rows.
             queries: B counts of the queries that each row has made before these.
             moving: which of the B rows make these queries; the others are to be left alone.
             attn: as of :meth:`observe`, but the queries may cross the end of a row's hop.
@@ -164,12 +169,12 @@ class Policy(ABC):
         for first, last in runs(list(zip(queries, moving, strict=True))):
             if not moving[first]:
                 continue
-            done, part = queries[first], view.tokens.rows(first, last, aligned=True)
+            done, part = queries[first], tokens.rows(first, last, aligned=True)
             end = min(HOP - done % HOP, count)  # of the hop
             for start, stop in ((0, end), (end, count)):
                 if start < stop:
-                    point = LayerView(part, view.layer, (first, last), done + count, done + start, view.interval)
-                    self.observe(point, Observed(probabilities[first:last, :, start:stop]))
+                    view = LayerView(part, layer, (first, last), done + count, done + start, interval)
+                    self.observe(view, Observed(probabilities[first:last, :, start:stop]))
 
     @abstractmethod
     def scores(self, view: LayerView) -> Tensor:

@@ -180,30 +180,22 @@ class TokenStore:
         self.lengths += count
         self.width = end
 
-    def append_some(self, keys: Tensor, values: Tensor, seen: list[int], rows: list[bool]) -> None:
-        """Add n tokens to every head of some of the B ``rows``, to row r at the positions from ``seen[r]`` on.
+    def append_some(self, keys: Tensor, values: Tensor, seen: list[int], moving: list[bool]) -> None:
+        """Add n tokens to every head of the rows that are ``moving``, to row r at the positions from ``seen[r]`` on.
 
         ``keys`` and ``values`` are [B, K, n, ...]; other fields start at zero. The places must have been reserved.
         """
         if (compiled := self._compiled()) is not None:
-            kernel, flat = compiled
-            wide = [flat.fields[name] for name in WIDE]
-            new_wide = (new.to(field.dtype) for new, field in zip((keys, values), wide, strict=True))
-            state = [field for name, field in self.fields.items() if name != "positions"]
-            self._note(
-                kernel.append_(
-                    *(*wide, flat.starts, flat.room, self.lengths, self.fields["positions"], state),
-                    *(new if new.stride(-1) == 1 else new.contiguous() for new in new_wide),
-                    *(seen, rows),
-                )
-            )
+            self._append_compiled(*compiled, keys, values, seen, moving)
             return
         count, device = keys.shape[2], self.lengths.device
         steps = torch.arange(count, device=device)
-        positions = torch.tensor(seen, device=device).view(-1, 1, 1) + steps
-        new = {"keys": keys, "values": values, "positions": positions.expand(*keys.shape[:3])}
-        if all(rows):
-            self.append(new)  # which reads nothing back from the device
+        # the same for all rows needs no copy to the device, which would wait for it
+        begin = seen[0] if len(set(seen)) == 1 else torch.tensor(seen, device=device).view(-1, 1, 1)
+        positions = (begin + steps).expand(*keys.shape[:3])
+        new = {"keys": keys, "values": values, "positions": positions}
+        if all(moving):
+            self.append(new)
             return
         numbers = self.lengths.unsqueeze(-1) + steps
         if self.flat is not None:
@@ -211,8 +203,28 @@ class TokenStore:
                 self.flat.write(name, numbers, new[name])
         # the first free places are written in every row, and counted in those that get tokens
         self._scatter(new, numbers)
-        self.lengths += count * torch.tensor(rows, device=device).unsqueeze(1)
+        self.lengths += count * torch.tensor(moving, device=device).unsqueeze(1)
         self.recount()
+
+    def _append_compiled(
+        self, kernel: Any, flat: Ragged, keys: Tensor, values: Tensor, seen: list[int], moving: list[bool]
+    ) -> None:
+        held_keys, held_values = (flat.fields[name] for name in WIDE)
+        keys, values = keys.to(held_keys.dtype), values.to(held_values.dtype)
+        extent = kernel.append_(
+            held_keys,
+            held_values,
+            flat.starts,
+            flat.room,
+            self.lengths,
+            self.fields["positions"],
+            [field for name, field in self.fields.items() if name != "positions"],
+            keys if keys.stride(-1) == 1 else keys.contiguous(),
+            values if values.stride(-1) == 1 else values.contiguous(),
+            seen,
+            moving,
+        )
+        self._note(extent)
 
     def _scatter(self, new: dict[str, Tensor], numbers: Tensor) -> None:
         """Put tokens at the heads' places ``numbers`` [B, K, n] of the padded fields; zero in fields not named."""
@@ -228,9 +240,10 @@ class TokenStore:
         self._evicted = True
         if (compiled := self._compiled()) is not None:
             kernel, flat = compiled
-            wide = (flat.fields[name] for name in WIDE)
+            keys, values = (flat.fields[name] for name in WIDE)
+            mask = mask.bool().expand(*self.lengths.shape, self.width)
             fields = list(self.fields.values())
-            self._note(kernel.keep_(*wide, flat.starts, flat.room, self.lengths, fields, mask))
+            self._note(kernel.keep_(keys, values, flat.starts, flat.room, self.lengths, fields, mask))
             return
         mask = mask & self.valid()
         counts = mask.sum(-1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import cmath
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from namm_transfer import NAMM, kernels
+from namm_transfer import NAMM, MemoryCache, kernels
 from namm_transfer.policies.namm import NAMMPolicy
 from namm_transfer.scoring import LayerView
 from namm_transfer.spectrogram import BINS, DECAY, HOP, WINDOW, advance, loaded
@@ -111,13 +113,13 @@ def test_rows_apart(data: st.DataObject, dtype: torch.dtype) -> None:
     fields |= namm.fields(dtype) | namm.unfinished_fields(dtype)
     made = {k: torch.zeros((rows, heads, tokens, *shape), dtype=kind) for k, (shape, kind) in fields.items()}
     store = TokenStore.from_padded(made, torch.full((rows, heads), tokens))
-    view, queries = LayerView(store, 0, (0, rows), 0, 0, 64), [0] * rows
+    queries = [0] * rows
     history: list[list[Tensor]] = [[] for _ in range(rows)]
     for _ in range(data.draw(st.integers(1, 30))):
         count = data.draw(st.integers(1, 15))
         moving = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
         attn = torch.rand(rows, heads, count, tokens, generator=generator) / tokens
-        namm.observe_apart(view, list(queries), moving, Observed(attn))
+        namm.observe_apart(store, 0, 64, list(queries), moving, Observed(attn))
         for row in range(rows):
             if moving[row]:
                 queries[row] += count
@@ -138,3 +140,22 @@ def test_rows_apart(data: st.DataObject, dtype: torch.dtype) -> None:
                 {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 16 / tokens / 2**11, "rtol": 2e-3}
             )
             torch.testing.assert_close(found, want, **near)
+
+
+class Watching(NAMMPolicy):
+    """Counts what it is shown."""
+
+    shown: list[int] = []  # noqa: RUF012
+
+    def observe(self, view: LayerView, attn: Observed) -> None:
+        if view.layer == 0:
+            self.shown.append(attn.count)
+        super().observe(view, attn)
+
+
+def test_a_policy_of_ones_own_is_shown_every_tile(llama: Callable[..., PreTrainedModel]) -> None:
+    Watching.shown.clear()
+    cache = MemoryCache(Watching(namm=NAMM(), budget=0.5), 32)
+    for count in (5, 5, 6, 3):
+        llama()(torch.arange(count)[None], past_key_values=cache)
+    assert Watching.shown == [5, 5, 6, 3]

@@ -154,3 +154,25 @@ def test_to_moves_everything() -> None:
     moved = store.to("meta")
     assert {v.device.type for _, v in moved} | {moved.lengths.device.type} == {"meta"}
     assert (moved.width, moved.even, moved.capacity) == (store.width, store.even, store.capacity)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("shape", [(2, 2, 5), (2, 1, 5), (1, 2, 5), (5,)])
+def test_a_mask_may_speak_of_all_heads_at_once(
+    shape: tuple[int, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "cpu", lambda: None)
+    store = TokenStore.empty(2, 2, FIELDS, torch.device("cpu"))
+    store.reserve(5)
+    store.append(new_tokens(2, 2, torch.arange(5).expand(2, 2, -1)))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    store.keep(mask)
+    for b, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        kept = mask.expand(2, 2, 5)[b, k].nonzero().flatten().tolist()
+        n = int(store.lengths[b, k])
+        assert store["positions"][b, k, :n].tolist() == kept
+        assert store["keys"][b, k, :n].tolist() == [[b, k, p] for p in kept]
+    for width in (store.width - 1, store.width + 3):
+        with pytest.raises(RuntimeError):
+            store.keep(torch.ones(2, 2, width, dtype=torch.bool))

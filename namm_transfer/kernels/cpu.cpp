@@ -1,4 +1,4 @@
-// Attention that is observed, and the spectrum of what was observed, for CPUs.
+// Attention that is observed, the spectrum of what was observed, and the storing of tokens, for CPUs.
 //
 // One pass over the keys (as flash attention does) gives the output, and the probabilities that the group of query
 // heads of a KV head pays to each token: the unnormalised probabilities wait in a buffer that fits the second-level
@@ -74,7 +74,8 @@ inline vf swapped(vf x, std::integer_sequence<int, lane...>) {
 #endif
 }
 
-// The first s vectors become sums of what has the bit `s` of their numbers in common with the lanes'.
+// A round of transposing and adding: of the first 2 s vectors, x[i] and x[i + s] become one whose lanes with the bit `s`
+// hold sums of the latter, the others sums of the former.
 template <int s>
 inline void fold(vf* x) {
   constexpr std::make_integer_sequence<int, LANES> lanes;
@@ -439,8 +440,10 @@ void attend_all(const Call& call, const Tensor& query, const Tensor& keys, const
   });
 }
 
-// A few queries (decoding): no product of matrices pays here, the keys and values are read once, as they lie.
+// A few queries (decoding): no product of matrices pays here, the keys and values are read as they lie.
 
+// Of AVX-512's 32 registers, 3 * 8 hold sums.
+//
 // m sums of `count` rows of n * LANES values, each times a weight: those of sum x from weights + x * padded on, the sum
 // to out + x * width.
 template <int m, int n, typename S>
@@ -464,7 +467,7 @@ void weigh_all(const float* weights, int64_t padded, const S* values, int64_t st
                int64_t width) {
   int64_t d = 0;
   for (; d + 8 * LANES <= width; d += 8 * LANES) weigh<m, 8>(weights, padded, values + d, stride, count, out + d, width);
-  for (; d + 2 * LANES <= width; d += 2 * LANES) weigh<m, 2>(weights, padded, values + d, stride, count, out + d, width);
+  for (; d + 4 * LANES <= width; d += 4 * LANES) weigh<m, 4>(weights, padded, values + d, stride, count, out + d, width);
   for (; d + LANES <= width; d += LANES) weigh<m, 1>(weights, padded, values + d, stride, count, out + d, width);
   for (; d < width; ++d)
     for (int x = 0; x < m; ++x) {
@@ -782,13 +785,14 @@ void listen_all(Tensor& ema, Tensor& previous, Tensor& waiting, const Tensor& at
   auto of = [](Tensor& field, int64_t row, int64_t head) {
     return field.data_ptr<S>() + row * field.stride(0) + head * field.stride(1);
   };
-  for (int64_t row = 0; row < attn.size(0); ++row) {
-    if (!moving[row]) continue;
-    for (int64_t head = 0; head < kv_heads; ++head) {
+  at::parallel_for(0, attn.size(0) * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t row = pair / kv_heads, head = pair % kv_heads;
+      if (!moving[row]) continue;
       S *e = of(ema, row, head), *last = of(previous, row, head), *wait = of(waiting, row, head);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t phase = (queries[row] + i) % HOP;
-        const float* from = attn.const_data_ptr<float>() + ((row * kv_heads + head) * count + i) * tokens;
+        const float* from = attn.const_data_ptr<float>() + (pair * count + i) * tokens;
         for (int64_t c = 0; c < tokens; ++c) wait[c * HOP + phase] = S(from[c] * scale);
         if (phase + 1 < HOP) continue;
         for (int64_t c = 0; c < tokens; c += LANES) {
@@ -804,7 +808,7 @@ void listen_all(Tensor& ema, Tensor& previous, Tensor& waiting, const Tensor& at
         std::fill(wait, wait + tokens * HOP, S(0.0f));
       }
     }
-  }
+  });
 }
 
 // Note the attention of a few queries in `waiting`, and fold each hop of 16 that they finish as `advance_` does.
@@ -842,6 +846,11 @@ std::tuple<int64_t, int64_t, int64_t> append_(Tensor keys, Tensor values, const 
                                               const Tensor& new_keys, const Tensor& new_values,
                                               at::IntArrayRef seen, const c10::List<bool>& moving) {
   const int64_t heads = lengths.size(1), count = new_keys.size(2);
+  const auto fits = [&](const Tensor& wide, const Tensor& fresh) {
+    return fresh.size(0) == lengths.size(0) && fresh.size(1) == heads && fresh.size(2) == count &&
+           fresh.size(3) == wide.size(1) && fresh.scalar_type() == wide.scalar_type();
+  };
+  TORCH_CHECK(fits(keys, new_keys) && fits(values, new_values), "append_: tokens do not fit the store");
   int64_t* used = lengths.data_ptr<int64_t>();
   auto copy = [&](Tensor& to, const Tensor& from, int64_t row, int64_t head, int64_t place) {
     const int64_t size = from.element_size();
@@ -883,7 +892,8 @@ std::tuple<int64_t, int64_t, int64_t> keep_(Tensor keys, Tensor values, const Te
       const int64_t row = pair / heads, head = pair % heads;
       const bool* kept = mask.const_data_ptr<bool>() + row * mask.stride(0) + head * mask.stride(1);
       int64_t& length = lengths.data_ptr<int64_t>()[pair];
-      auto pack = [&](const Tensor& field, int64_t from, int64_t step) {
+      int64_t left = 0;
+      auto close_up = [&](const Tensor& field, int64_t from, int64_t step) {
         const int64_t size = step * field.element_size();
         char* data = static_cast<char*>(field.mutable_data_ptr()) + from * field.element_size();
         int64_t to = 0;
@@ -892,13 +902,14 @@ std::tuple<int64_t, int64_t, int64_t> keep_(Tensor keys, Tensor values, const Te
           if (i != to) std::memcpy(data + to * size, data + i * size, size);
           ++to;
         }
-        return to;
+        left = to;
       };
       const int64_t place = starts.const_data_ptr<int64_t>()[pair];
-      pack(keys, place * keys.stride(0), keys.stride(0));
+      close_up(keys, place * keys.stride(0), keys.stride(0));
+      close_up(values, place * values.stride(0), values.stride(0));
       for (const Tensor& field : fields)
-        pack(field, row * field.stride(0) + head * field.stride(1), field.stride(2));
-      length = pack(values, place * values.stride(0), values.stride(0));
+        close_up(field, row * field.stride(0) + head * field.stride(1), field.stride(2));
+      length = left;
     }
   });
   return extent(lengths, room);

@@ -19,6 +19,7 @@ from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.network import NAMM, NUM_PARAMETERS
 from namm_transfer.scoring import Fields, LayerView, Policy, recent
 from namm_transfer.spectrogram import BINS, HOP, advance, listen, loaded, stored
+from namm_transfer.store import TokenStore
 from namm_transfer.tiles import Observed
 
 __all__ = ["FeatureStatistics", "NAMMPolicy"]
@@ -126,10 +127,13 @@ class NAMMPolicy(Policy):
             advance(tokens["ema"], tokens["previous"], loaded(waiting).transpose(-1, -2))
             waiting.zero_()
 
-    def observe_apart(self, view: LayerView, queries: list[int], moving: list[bool], attn: Observed) -> None:
-        tokens, (rows,) = view.tokens, attn
-        if not listen(tokens["ema"], tokens["previous"], tokens["waiting"], rows, queries, moving):
-            super().observe_apart(view, queries, moving, attn)
+    def observe_apart(
+        self, tokens: TokenStore, layer: int, interval: int, queries: list[int], moving: list[bool], attn: Observed
+    ) -> None:
+        (rows,) = attn
+        plain = type(self).observe is NAMMPolicy.observe  # not one that wants to be shown each tile
+        if not plain or not listen(tokens["ema"], tokens["previous"], tokens["waiting"], rows, queries, moving):
+            super().observe_apart(tokens, layer, interval, queries, moving, attn)
 
     def features(self, view: LayerView) -> Tensor:
         """[R, K, N, 25] the network's input."""

@@ -108,13 +108,74 @@ def test_a_replaced_forward_is_called(part: str) -> None:
     assert len(calls) == STEPS
 
 
+class Doubled(nn.Embedding):
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(index)
+
+
+class Halved(nn.Dropout):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden / 2
+
+
+def exchange_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(make_model().encoder.h[0].mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, hidden: 2 * forward(self, hidden))
+
+
+def test_other_kinds_of_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    doubled, halved = make_model(), make_model()
+    doubled.encoder.wpe = Doubled.from_pretrained(doubled.encoder.wpe.weight.data)
+    halved.encoder.h[1].mlp.dropout = Halved()
+    assert Blocks.of(doubled.encoder) is Blocks.of(halved.encoder) is None
+    exchange_mlp(monkeypatch)
+    assert Blocks.of(make_model().encoder) is None
+
+
+def assign(model: DecisionTransformerModel) -> None:
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True)
+
+
+def exchange_parameter(model: DecisionTransformerModel) -> None:
+    fc = model.encoder.h[0].mlp.c_fc
+    fc.weight = nn.Parameter(fc.weight * 2, requires_grad=False)
+
+
+def exchange_activation(model: DecisionTransformerModel) -> None:
+    model.encoder.h[1].mlp.act = nn.Tanh()
+
+
+def exchange_forward(model: DecisionTransformerModel) -> None:
+    model.encoder.h[1].mlp.forward = torch.zeros_like
+
+
+def exchange_projection(model: DecisionTransformerModel) -> None:
+    model.encoder.h[1].attn.c_attn = Adapted(model.encoder.h[1].attn.c_attn)
+
+
+@pytest.mark.parametrize(
+    "change", [assign, exchange_parameter, exchange_activation, exchange_forward, exchange_projection]
+)
+def test_changes_within_an_episode_count(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def played() -> torch.Tensor:
+        model = make_model()
+        return play(model, lambda step: change(model) if step == 20 else None)
+
+    without = played()
+    monkeypatch.setattr(Blocks, "of", lambda encoder: None)
+    by_the_encoder = played()
+    torch.testing.assert_close(without, by_the_encoder, atol=2e-6, rtol=1e-5)
+    assert (by_the_encoder - play(make_model())).abs().max() > 1e-2
+
+
 def test_dropout_in_force_is_not_left_out() -> None:
     model = make_model()
     blocks = Blocks.of(model.encoder)
     assert blocks is not None
-    assert blocks.unwatched
+    assert blocks.current
     model.encoder.h[2].mlp.dropout.train()
-    assert not blocks.unwatched
+    assert not blocks.current
 
 
 def test_another_encoder_is_left_to_itself() -> None:

@@ -61,7 +61,7 @@ def test_a_finished_folder_is_neither_trained_again_nor_overwritten(tmp_path: Pa
     assert not is_finished(tmp_path, config), "a run that goes on"
 
 
-@pytest.mark.parametrize("text", ["", '{"config": ', "[]", "{}", "3"])
+@pytest.mark.parametrize("text", ["", '{"config": ', "[]", "{}", "3", '{"config": 3}'])
 def test_a_finished_folder_that_cannot_be_read_is_not_overwritten(text: str, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"training\.json does not say how its host was trained"):
