@@ -42,8 +42,10 @@ def columns_shared(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, 
     return {f"{rule}_shared-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
 
 
-def columns_by_kind(rules: Sequence[str], kinds: int, budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Rules whose budget is divided among tokens that come in so many kinds."""
+def columns_by_kind(
+    rules: Sequence[str], kinds: int | Sequence[int], budgets: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """Rules whose budget is divided among kinds of tokens."""
     settings = {rule: {"name": rule, "kinds": kinds} for rule in rules}
     return {f"{rule}_by_kind-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
 
@@ -102,7 +104,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     if config["rules_by_kind"]:
         parts[_BY_KIND] = columns_by_kind(config["rules_by_kind"], config["kinds"], budgets)
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
-    if REFERENCE in parts and config["matched"]:
+    if REFERENCE in parts.get(REFERENCE, {}) and config["matched"]:  # it has a threshold
         parts[REFERENCE] |= columns_matched(config["rules"])
     shared = {key: config[key] for key in ("seed", "executor")}
     runs = {

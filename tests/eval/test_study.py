@@ -87,6 +87,13 @@ def test_rules_divide_the_budget_by_kind_where_asked(config, console, tmp_path):
         assert len(columns) == 2  # the budgets; by threshold it would be the NAMM without kinds
 
 
+def test_a_reference_by_kind_has_no_threshold_to_match(config, console, tmp_path):
+    config["namms"]["namm"] = {"namm": config["namms"]["namm"], "kinds": 2}
+    rows = study(config, tmp_path / "out", [], console)
+    assert {row.policy for row in rows} >= {"namm-0.25", "namm-0.5", "full"}
+    assert not [row.policy for row in rows if row.policy == "namm" or row.policy.endswith("matched")]
+
+
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
     study(config, tmp_path / "out", [], console)
     (tmp_path / "log").unlink()
