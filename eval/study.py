@@ -24,7 +24,7 @@ from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.files import write_atomically
 from namm_transfer.scoring import check_budget
 
-__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_shared", "study"]
+__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_varied", "study"]
 
 _SHARED = "rules_shared"
 _BY_KIND = "rules_by_kind"
@@ -36,18 +36,12 @@ def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str
     return {"full": {"name": "full"}, **{name: {"name": name} for name in BASELINES}, **ranked}
 
 
-def columns_shared(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Rules whose budget the heads of a layer share, as a NAMM's do by default."""
-    settings = {rule: {"name": rule, "allocation": "per_layer"} for rule in rules}
-    return {f"{rule}_shared-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
-
-
-def columns_by_kind(
-    rules: Sequence[str], kinds: int | Sequence[int], budgets: Sequence[float]
+def columns_varied(
+    rules: Sequence[str], budgets: Sequence[float], suffix: str, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """Rules whose budget is divided among kinds of tokens."""
-    settings = {rule: {"name": rule, "kinds": kinds} for rule in rules}
-    return {f"{rule}_by_kind-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
+    """Every rule at every budget with options of a policy, under a name that says so."""
+    settings = {rule: {"name": rule, **options} for rule in rules}
+    return {f"{rule}_{suffix}-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
 
 
 def columns_of_namm(
@@ -100,9 +94,9 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
         )
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
     if config["shared_rules"]:
-        parts[_SHARED] = columns_shared(config["shared_rules"], budgets)
+        parts[_SHARED] = columns_varied(config["shared_rules"], budgets, "shared", allocation="per_layer")
     if config["rules_by_kind"]:
-        parts[_BY_KIND] = columns_by_kind(config["rules_by_kind"], config["kinds"], budgets)
+        parts[_BY_KIND] = columns_varied(config["rules_by_kind"], budgets, "by_kind", kinds=config["kinds"])
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts.get(REFERENCE, {}) and config["matched"]:  # it has a threshold
         parts[REFERENCE] |= columns_matched(config["rules"])
