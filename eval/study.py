@@ -24,10 +24,8 @@ from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.files import write_atomically
 from namm_transfer.scoring import check_budget
 
-__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_varied", "study"]
+__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_of_variant", "study"]
 
-_SHARED = "rules_shared"
-_BY_KIND = "rules_by_kind"
 
 
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -36,25 +34,26 @@ def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str
     return {"full": {"name": "full"}, **{name: {"name": name} for name in BASELINES}, **ranked}
 
 
-def columns_varied(
-    rules: Sequence[str], budgets: Sequence[float], suffix: str, **options: Any
+def columns_of_variant(
+    name: str, variant: Mapping[str, Any], rules: Sequence[str], budgets: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
-    """Every rule at every budget with options of a policy, under a name that says so."""
-    settings = {rule: {"name": rule, **options} for rule in rules}
-    return {f"{rule}_{suffix}-{budget}": settings[rule] | {"budget": budget} for budget in budgets for rule in rules}
+    """The variant's rules, by default all, at every budget with its options of a policy, under names that say so."""
+    options = {key: value for key, value in variant.items() if key != "rules"}
+    columns = [(rule, budget) for budget in budgets for rule in variant.get("rules", rules)]
+    return {f"{rule}_{name}-{budget}": {"name": rule, "budget": budget, **options} for rule, budget in columns}
 
 
 def columns_of_namm(
     name: str, namm: str | Mapping[str, Any], budgets: Sequence[float], thresholds: Sequence[float] = ()
 ) -> dict[str, dict[str, Any]]:
-    """A NAMM by threshold, at zero and at others, and by rank at every budget; by rank alone if it ranks by kind.
+    """A NAMM by threshold, at zero and at others, and by rank at every budget; by rank alone if a budget is divided.
 
     The heads of a layer share a budget: a NAMM's scores mean the same in all of them, or one threshold could not serve.
     """
     options = {"namm": namm} if isinstance(namm, str) else namm
     settings = {"name": "namm", "allocation": "per_layer", **options}
     ranked = {f"{name}-{budget}": settings | {"budget": budget} for budget in budgets}
-    if settings.get("kinds", 1) != 1:  # which divide a budget, and are of no effect on a threshold
+    if settings.get("kinds", 1) != 1 or settings.get("segment"):  # of no effect on a threshold
         return ranked
     moved = {f"{name}{THRESHOLD}{threshold}": settings | {"threshold": threshold} for threshold in thresholds}
     return {name: settings, **moved, **ranked}
@@ -70,8 +69,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
 
     Args:
         config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
-            policy), `thresholds`, `rules`, `shared_rules`, `rules_by_kind`, `kinds`, `matched`, `budgets`, `seed`,
-            `executor`.
+            policy), `thresholds`, `rules`, `variants` (suffix of the columns to options of the policy, and `rules`),
+            `matched`, `budgets`, `seed`, `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -84,19 +83,15 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     for budget in budgets:
         if isinstance(check_budget(budget), int):
             raise BudgetError(f"budgets are fractions of the tokens seen; got {budget!r}")
-    if bad := [
-        name
-        for name in namms
-        if not re.fullmatch(r"\w+", name) or name in ("full", *BASELINES, "rules", _SHARED, _BY_KIND)
-    ]:
-        raise ConfigError(
-            f"namms has the columns {bad}; expected names of letters, digits and underscores of their own"
-        )
+    variants = {f"rules_{name}": (name, variant) for name, variant in config["variants"].items()}
+    taken = ("full", *BASELINES, "rules", *variants)
+    for key, names in (("namms", namms), ("variants", config["variants"])):
+        if bad := [name for name in names if not re.fullmatch(r"\w+", name) or (key == "namms" and name in taken)]:
+            raise ConfigError(
+                f"{key} has the columns {bad}; expected names of letters, digits and underscores of their own"
+            )
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
-    if config["shared_rules"]:
-        parts[_SHARED] = columns_varied(config["shared_rules"], budgets, "shared", allocation="per_layer")
-    if config["rules_by_kind"]:
-        parts[_BY_KIND] = columns_varied(config["rules_by_kind"], budgets, "by_kind", kinds=config["kinds"])
+    parts |= {part: columns_of_variant(*variant, config["rules"], budgets) for part, variant in variants.items()}
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts.get(REFERENCE, {}) and config["matched"]:  # it has a threshold
         parts[REFERENCE] |= columns_matched(config["rules"])

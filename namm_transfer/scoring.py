@@ -106,6 +106,8 @@ class Policy(ABC):
         kinds: the tokens are of so many kinds in turn (a decision transformer's are a return, a state and an action).
             Each kind gets an equal part of the budget, for which its tokens compete among themselves: kinds that get
             little attention throughout are not forgotten for that. Parts that differ are given one by one: (2, 1, 1).
+        segment: every so many positions are a segment (a frame, a second of video). Segments take turns at the budget:
+            each keeps its best token, then each its second best, and so on, so that none is forgotten for being dull.
     """
 
     name: ClassVar[str]
@@ -117,6 +119,7 @@ class Policy(ABC):
     budget: Budget | None = field(default=None)
     allocation: Allocation = "per_head"
     kinds: int | Sequence[int] = 1
+    segment: int | None = None
 
     optional_budget: ClassVar[bool] = False
     """The policy works without a budget too."""
@@ -130,6 +133,8 @@ class Policy(ABC):
             check_count("the number of kinds", len(self.parts), 1)
         for part in self.parts if isinstance(self.kinds, tuple) else (self.kinds,):
             check_count("kinds", part, 1)
+        if self.segment is not None:
+            check_count("segment", self.segment, 1)
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""
@@ -199,29 +204,56 @@ class Policy(ABC):
         """The best tokens within the budget, of each head or of all together; between equal scores the newer stays."""
         count = self.allowance(view)
         ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
+        segments = view.tokens["positions"] // self.segment if self.segment else None
         parts, whole = self.parts, sum(self.parts)
         if len(parts) == 1:
-            return self._best(ranked, count) & view.valid()
+            return self._best(ranked, count, segments) & view.valid()
         kind, newest = view.tokens["positions"] % len(parts), (view.seen - 1) % len(parts)
         left = count - sum(count * part // whole for part in parts)  # for the newest token's kind, and those before it
         chosen = torch.zeros_like(view.valid())
         for number, part in enumerate(parts):
             own = kind == number
             share = count * part // whole + int((newest - number) % len(parts) < left)
-            chosen |= self._best(ranked.masked_fill(~own, -math.inf), share) & own
+            chosen |= self._best(ranked.masked_fill(~own, -math.inf), share, segments) & own
         return chosen & view.valid()
 
-    def _best(self, ranked: Tensor, count: int) -> Tensor:
+    def _best(self, ranked: Tensor, count: int, segments: Tensor | None) -> Tensor:
         """[R, K, N] bool: of each head the ``count`` highest of [R, K, N] scores, or as many of all heads together."""
         rows, heads, width = ranked.shape
         if pooled := self.allocation == "per_layer":
-            ranked, count = ranked.transpose(1, 2).reshape(rows, 1, width * heads), count * heads
-        order = torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)[..., :count]
-        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, ranked.shape[-1] - 1 - order, True)
+            ranked, count = _pooled(ranked), count * heads
+            segments = None if segments is None else _pooled(segments)
+        order = ranked.shape[-1] - 1 - torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)
+        if segments is not None:
+            order = _taking_turns(order, segments, ranked)
+        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, order[..., :count], True)
         return chosen.view(rows, width, heads).transpose(1, 2) if pooled else chosen
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, to be written beside results and saved memories."""
         described = {"name": self.name, "budget": self.budget, "allocation": self.allocation}
         kinds = self.kinds if isinstance(self.kinds, int) else list(self.kinds)
-        return described if kinds == 1 else described | {"kinds": kinds}
+        described |= {} if kinds == 1 else {"kinds": kinds}
+        return described if self.segment is None else described | {"segment": self.segment}
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """[R, K, N] -> [R, 1, N K], places in order."""
+    return x.transpose(1, 2).flatten(1).unsqueeze(1)
+
+
+def _taking_turns(order: Tensor, segments: Tensor, ranked: Tensor) -> Tensor:
+    """Places [R, K, N], best first -> the best of each segment, then the second best of each, and so on.
+
+    Args:
+        segments, ranked: [R, K, N] by place; infinite scores keep their rank, first or last.
+    """
+    score, own = ranked.gather(2, order), segments.gather(2, order)
+    grouped = torch.argsort(own, dim=-1, stable=True)  # segment by segment, the best first
+    own, rank = own.gather(2, grouped), torch.arange(own.shape[-1], device=own.device).expand_as(own)
+    begins = torch.ones_like(own, dtype=torch.bool)
+    begins[..., 1:] = own[..., 1:] != own[..., :-1]
+    turns = rank - torch.where(begins, rank, 0).cummax(-1).values
+    turns = torch.empty_like(turns).scatter_(2, grouped, turns)  # of the places in `order`
+    turns = turns.masked_fill(score == math.inf, -1).masked_fill(score == -math.inf, own.shape[-1])
+    return order.gather(2, torch.argsort(turns, dim=-1, stable=True))

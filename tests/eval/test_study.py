@@ -28,9 +28,7 @@ def config(tmp_path, monkeypatch):
         "namms": {"namm": str(tmp_path / "one")},
         "thresholds": [],
         "rules": ["h2o", "random"],
-        "shared_rules": [],
-        "rules_by_kind": [],
-        "kinds": 3,
+        "variants": {},
         "matched": True,
         "budgets": [0.25, 0.5],
         "seed": 0,
@@ -69,7 +67,7 @@ def test_rules_are_matched_on_demand_only(config, console, tmp_path):
 
 
 def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
-    rows = study(config | {"shared_rules": ["h2o"]}, tmp_path / "out", [], console)
+    rows = study(config | {"variants": {"shared": {"rules": ["h2o"], "allocation": "per_layer"}}}, tmp_path / "out", [], console)
     assert {row.policy for row in rows if "shared" in row.policy} == {"h2o_shared-0.25", "h2o_shared-0.5"}
     columns = OmegaConf.load(tmp_path / "out" / "rules_shared" / "config.yaml").policies
     assert {(column["name"], column["allocation"]) for column in columns.values()} == {("h2o", "per_layer")}
@@ -77,14 +75,15 @@ def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
     assert lines["h2o_shared-0.5"]["ahead"] is not None
 
 
-def test_rules_divide_the_budget_by_kind_where_asked(config, console, tmp_path):
-    config["namms"]["by_kind"] = {"namm": str(tmp_path / "two"), "kinds": 2}
-    rows = study(config | {"rules_by_kind": ["h2o"], "kinds": 2}, tmp_path / "out", [], console)
-    assert {row.policy for row in rows if "h2o_by_kind" in row.policy} == {"h2o_by_kind-0.25", "h2o_by_kind-0.5"}
-    for part in ("rules_by_kind", "by_kind"):
+@pytest.mark.parametrize("option", ["kinds", "segment"])
+def test_a_budget_is_divided_where_asked(config, console, tmp_path, option):
+    config["namms"]["divided"] = {"namm": str(tmp_path / "two"), option: 2}
+    rows = study(config | {"variants": {"divided": {option: 2}}}, tmp_path / "out", [], console)
+    of_rules = {f"{rule}_divided-{budget}" for rule in ("h2o", "random") for budget in (0.25, 0.5)}
+    assert {row.policy for row in rows if "_divided" in row.policy} == of_rules
+    for part, count in (("rules_divided", 4), ("divided", 2)):  # by threshold it would be the NAMM undivided
         columns = OmegaConf.load(tmp_path / "out" / part / "config.yaml").policies
-        assert {column["kinds"] for column in columns.values()} == {2}
-        assert len(columns) == 2  # the budgets; by threshold it would be the NAMM without kinds
+        assert [column[option] for column in columns.values()] == [2] * count
 
 
 def test_a_reference_by_kind_has_no_threshold_to_match(config, console, tmp_path):
@@ -126,6 +125,9 @@ def test_a_namm_is_given_options_and_thresholds(config, console, tmp_path):
         ({"namms": {"full": "default"}}, ConfigError, r"namms has the columns \['full'\]"),
         ({"namms": {"a-b": "default"}}, ConfigError, r"namms has the columns \['a-b'\]"),
         ({"rules": ["h3o"]}, ConfigError, "h3o"),
+        ({"namms": {"rules_x": "default"}, "variants": {"x": {"kinds": 3}}}, ConfigError, r"columns \['rules_x'\]"),
+        ({"variants": {"a-b": {"kinds": 3}}}, ConfigError, r"variants has the columns \['a-b'\]"),
+        ({"variants": {"x": {"kind": 3}}}, ConfigError, "'kind'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_run(config, console, tmp_path, change, error, message):

@@ -60,12 +60,8 @@ def test_the_best_of_all_heads_stay(lengths: list[list[int]], budget: int, seed:
 def test_each_kind_has_its_part_of_the_budget(
     lengths: list[list[int]], budget: int, parts: list[int], seed: int, allocation: str
 ) -> None:
-    counts, seen, kinds = torch.tensor(lengths), 20, len(parts)
-    width, rng = int(counts.max()), np.random.default_rng(seed)
-    positions = np.zeros((*counts.shape, width), np.int64)
-    for row, of_row in enumerate(lengths):
-        for head, length in enumerate(of_row):  # any of the earlier tokens, and the newest
-            positions[row, head, :length] = [*sorted(rng.choice(seen - 1, length - 1, replace=False)), seen - 1]
+    counts, seen, kinds, rng = torch.tensor(lengths), 20, len(parts), np.random.default_rng(seed)
+    positions = _positions(lengths, seen, rng)
     scores = rng.integers(0, 4, positions.shape)
     store = TokenStore.from_padded({"positions": torch.from_numpy(positions).int()}, counts)
     chosen = policy("h2o", budget=budget, allocation=allocation, kinds=kinds if set(parts) == {1} else parts)
@@ -88,6 +84,67 @@ def test_each_kind_has_its_part_of_the_budget(
                 assert len(kept) == min(share, len(tokens))
                 assert kept == sorted(sorted((token[:2] for token in tokens), reverse=True)[: len(kept)])
     assert keep.gather(2, (counts - 1).unsqueeze(-1)).all()
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 14), min_size=2, max_size=2), min_size=1, max_size=2),
+    budget=st.integers(1, 12),
+    segment=st.integers(1, 9),
+    kinds=st.integers(1, 2),
+    seed=st.integers(0, 99),
+    allocation=st.sampled_from(["per_head", "per_layer"]),
+)
+def test_segments_take_turns_at_the_budget(
+    lengths: list[list[int]], budget: int, segment: int, kinds: int, seed: int, allocation: str
+) -> None:
+    counts, seen = torch.tensor(lengths), 20
+    positions = _positions(lengths, seen, np.random.default_rng(seed))
+    scores = np.random.default_rng(seed + 1).permutation(positions.size).reshape(positions.shape)
+    store = TokenStore.from_padded({"positions": torch.from_numpy(positions).int()}, counts)
+    chosen = policy("h2o", budget=budget, allocation=allocation, segment=segment, kinds=kinds)
+    keep = chosen.rank(LayerView(store, 0, (0, len(counts)), seen, seen, 16), torch.from_numpy(scores).float())
+    for row, of_row in enumerate(lengths):
+        for pool in [[0, 1]] if allocation == "per_layer" else [[0], [1]]:
+            for kind in range(kinds):
+                extra = (seen - 1 - kind) % kinds < budget % kinds
+                queues: dict[int, list[tuple[bool, int, tuple[int, int]]]] = {}
+                for head in pool:
+                    for place, position in enumerate(positions[row, head, : of_row[head]]):
+                        if position % kinds == kind:
+                            token = (bool(position == seen - 1), int(scores[row, head, place]), (head, place))
+                            queues.setdefault(position // segment, []).append(token)
+                ranks = [
+                    (not newest, turn, -score, where)
+                    for queue in queues.values()
+                    for turn, (newest, score, where) in enumerate(sorted(queue, reverse=True))
+                ]
+                share = (budget // kinds + extra) * len(pool)
+                expected = {where for *_, where in sorted(ranks)[:share]}
+                found = {
+                    (head, place)
+                    for head in pool
+                    for place in range(of_row[head])
+                    if keep[row, head, place] and positions[row, head, place] % kinds == kind
+                }
+                assert found == expected
+    assert keep.gather(2, (counts - 1).unsqueeze(-1)).all()
+    assert not (keep & ~store.valid()).any()
+
+
+def _positions(lengths: list[list[int]], seen: int, rng: np.random.Generator) -> np.ndarray:
+    """[R, K, N] of some earlier tokens and the newest."""
+    positions = np.zeros((len(lengths), len(lengths[0]), max(map(max, lengths))), np.int64)
+    for row, of_row in enumerate(lengths):
+        for head, length in enumerate(of_row):
+            positions[row, head, :length] = [*sorted(rng.choice(seen - 1, length - 1, replace=False)), seen - 1]
+    return positions
+
+
+@pytest.mark.parametrize("segment", [0, -1, 16.0, True, "16"])
+def test_a_segment_is_counted(segment: object) -> None:
+    with pytest.raises(ConfigError, match="segment must be an int of at least 1"):
+        policy("h2o", budget=3, segment=segment)
 
 
 @pytest.mark.parametrize("kinds", [0, 2.0, True, [2, 0], [1.5], "31", []])
