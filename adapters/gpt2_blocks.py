@@ -8,6 +8,8 @@ Shape legend: B rows, Q new tokens, W hidden width.
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -65,12 +67,14 @@ class Blocks:
         self._hooks = [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
         self._hooks += [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._vars = [vars(part) for part in parts]
-        self._held = [
+        held = [
             (held, name, value)
             for part in parts
             for held in (part._modules, part._parameters)
             for name, value in held.items()
         ]
+        self._held = tuple(zip(*held, strict=True))
+        """Dicts of modules and of parameters, names in them, and what is of the name: tuples that C goes through."""
 
     @classmethod
     def of(cls, encoder: Any) -> Self | None:
@@ -92,11 +96,12 @@ class Blocks:
         No module or parameter has been exchanged, no module's call has been wrapped in its instance (as some libraries
         do) or has a hook, and no dropout is in force.
         """
+        held, names, values = self._held
         return not (
             any(self._hooks)
-            or any("forward" in own for own in self._vars)
+            or any(map(contains, self._vars, repeat("forward")))
             or any(dropout.training for dropout in self._dropouts)
-            or any(held.get(name) is not value for held, name, value in self._held)
+            or not all(map(is_, map(dict.get, held, names), values))
         )
 
     def last(self, embeds: Tensor, cache: MemoryCache, padding: Tensor | None) -> Tensor:
@@ -107,7 +112,7 @@ class Blocks:
             cache: takes the new tokens in.
             padding: [B, Q] bool, False where a row has no such token; None if every row has all.
         """
-        mask = None if padding is None else AttentionMask(causal_mask_function, padding)
+        mask = AttentionMask(causal_mask_function, padding)
         rows, count, width = embeds.shape
         hidden = (embeds + self._encoder.wpe.weight[0]).view(-1, width)
         for index, (attention, norms, (qkv, out, up, down), activation) in enumerate(self._blocks):
@@ -117,9 +122,9 @@ class Blocks:
             attended = namm_attention(attention, query, key, value, mask, attention.scaling)[0].view(-1, width)
             if index == len(self._blocks) - 1:  # of the other tokens, only keys and values are needed
                 hidden, attended = hidden[count - 1 :: count], attended[count - 1 :: count]
-            hidden = hidden + torch.addmm(out[0], attended, out[1])
+            hidden += torch.addmm(out[0], attended, out[1])
             inner = activation(torch.addmm(up[0], torch.layer_norm(hidden, *norms[1]), up[1]))
-            hidden = hidden + torch.addmm(down[0], inner, down[1])
+            hidden += torch.addmm(down[0], inner, down[1])
         return torch.layer_norm(hidden, *self._last_norm)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,9 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str = "full") -> None:
     """Score against kept fraction, a curve per policy over its budgets, with 95 % intervals.
 
-    What has no budget (a NAMM by threshold, a baseline) is drawn as stars.
+    What has no budget (a NAMM by threshold, a baseline) is drawn as stars, a variant (`h2o_shared` of `h2o`) dashed.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # slow to import, and no backend is touched this way
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
@@ -152,24 +154,31 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
         if line.policy != full:
             name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED).partition(THRESHOLD)[0]
             by_name.setdefault(name, []).append(line)
-    for number, (name, found) in enumerate(sorted(by_name.items())):
+    plain = {name: name for name in sorted(by_name)}
+    for name in plain:
+        plain[name] = next((other for other in by_name if name.startswith(f"{other}_")), name)
+    palette = colormaps["tab10" if len({*plain.values()}) <= 10 else "tab20"].colors
+    colours = dict(zip(dict.fromkeys(plain.values()), cycle(palette), strict=False))
+    for name, found in sorted(by_name.items()):
         curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
-        colour, bold = f"C{number % 10}", name.startswith("namm")
+        dashed, bold = name != plain[name], name.startswith("namm")
         free = sorted((line for line in found if line.budget is None), key=lambda line: line.kept or 0)
         for part, style in ((curve, "o-"), (free, "*:")):
             if part:
                 label = f"{name} by threshold" if style == "*:" and curve else name
-                axes.errorbar(
+                drawn = axes.errorbar(
                     [line.kept if line.kept is not None else 1.0 for line in part],
                     [line.score.value for line in part],
                     yerr=np.nan_to_num([line.score.half_width for line in part]),
                     fmt=style,
-                    color=colour,
+                    color=colours[plain[name]],
                     lw=2 if bold else 1,
                     ms=12 if style == "*:" else 4,
                     capsize=2,
                     label=label,
                 )
+                if dashed:
+                    drawn.lines[0].set_linestyle("--")
     for line in lines:
         if line.policy == full:
             axes.axhline(line.score.value, color="black", lw=1, label="full cache")

@@ -27,7 +27,6 @@ from namm_transfer.scoring import check_budget
 __all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_of_variant", "study"]
 
 
-
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
     """The full cache, the baselines of tasks that have them, and every rule at every budget."""
     ranked = {f"{rule}-{budget}": {"name": rule, "budget": budget} for budget in budgets for rule in rules}
@@ -70,7 +69,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
     Args:
         config: resolved; `task`, `namms` (name of the column to packaged name, folder or Hub id, or to options of the
             policy), `thresholds`, `rules`, `variants` (suffix of the columns to options of the policy, and `rules`),
-            `matched`, `budgets`, `seed`, `executor`.
+            `ahead` (a name of `namms`), `matched`, `budgets`, `seed`, `executor`.
         out: folder; rows go to a folder in it for the rules and one for each NAMM.
         command: how to run this again, as overrides of `study`.
         console: shows the progress and the table.
@@ -90,6 +89,8 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
             raise ConfigError(
                 f"{key} has the columns {bad}; expected names of letters, digits and underscores of their own"
             )
+    if config["ahead"] not in namms:
+        raise ConfigError(f"ahead is {config['ahead']!r}; expected one of the columns {', '.join(namms)} of namms")
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
     parts |= {part: columns_of_variant(*variant, config["rules"], budgets) for part, variant in variants.items()}
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
@@ -107,20 +108,20 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; what is finished is kept in {out}: the same command goes on") from None
         rows += run.folder.rows()
-    _write(rows, config["task"], " ".join(["namm-transfer study", *command]), out, console)
+    _write(rows, config, " ".join(["namm-transfer study", *command]), out, console)
     return rows
 
 
-def _write(rows: Sequence[Row], task: Mapping[str, Any], command: str, out: Path, console: Console) -> None:
-    lines, metric, name = compare(rows, REFERENCE), rows[0].metric, rows[0].task
+def _write(rows: Sequence[Row], config: Mapping[str, Any], command: str, out: Path, console: Console) -> None:
+    lines, metric, name = compare(rows, config["ahead"]), rows[0].metric, rows[0].task
     full = [row for row in rows if row.policy == "full"]
-    model = task.get("model", {})
+    model = config["task"].get("model", {})
     about = (
         f"{name}: {len({row.unit for row in full})} units in {len({row.cluster for row in full})} clusters, host "
         f"{model.get('host') or model.get('path')}, update interval {model.get('update_interval')}. Intervals: 95 %, "
         "paired by unit, clustered. No budget: by threshold."
     )
-    table = markdown(lines, metric, REFERENCE)
+    table = markdown(lines, metric, config["ahead"])
     episodes = offline_rl.summarise(rows, [line.policy for line in lines])
     text = f"{about}\n\n{table}\n{offline_rl.by_policy(episodes)}![curves](curves.png)\n\nMade by `{command}`.\n"
     write_atomically(out / "table.md", text)

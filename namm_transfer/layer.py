@@ -270,6 +270,8 @@ class LayerMemory(CacheLayerMixin):
         Unless ``whole``, a piece is one token.
         """
         columns = [[True] * len(self.seen)] * query.shape[2] if given is None else given.T.tolist()
+        if whole and given is None and not self._decides_within(query.shape[2] - 1):
+            return self._step(mask, query, key, value, options, columns[0])
         out = []
         for start, stop in self._pieces(columns, whole):
             q, k, v = (query, key, value)
@@ -277,6 +279,11 @@ class LayerMemory(CacheLayerMixin):
                 q, k, v = (x[:, :, start:stop] for x in (query, key, value))
             out.append(self._step(mask, q, k, v, options, columns[start]))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _decides_within(self, count: int) -> bool:
+        """Whether a row comes to a decision within so many tokens."""
+        interval = self.update_interval
+        return self.policy.evicts and any(seen % interval + count >= interval for seen in self.seen)
 
     def _pieces(self, columns: list[list[bool]], whole: bool) -> Iterator[tuple[int, int]]:
         """Cut new tokens into pieces [start, stop) that rows at different points may take in one go.

@@ -96,7 +96,7 @@ def listen(
     """Fold fewer than 16 attention rows, each of R sequences at its own point, into the moving average, in place.
 
     Args:
-        ema, previous: as of :func:`advance`.
+        ema, previous: as of :func:`advance`; N places or more.
         waiting: [R, K, N, HOP] the rows of each sequence's unfinished hop, as :func:`stored`; zeros to come.
         rows: [R, K, t, N] attention of the new queries.
         queries: R counts of the queries before these.

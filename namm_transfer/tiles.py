@@ -243,7 +243,7 @@ class Context:
         return self.key[:, :, : self.width]
 
     def _show(self, attn: Tensor, observer: Observer) -> None:
-        observer(Observed(attn[..., : self.width]))
+        observer(Observed(attn if attn.shape[-1] == self.width else attn[..., : self.width]))
 
     def _allowed(self, query: Tensor, visible: Visible) -> Tensor | None:
         """``visible`` as a tensor, or None if every query sees every place."""

@@ -43,7 +43,7 @@ __all__ = ["Kept", "kept_of", "measure_kept"]
 AROUND = 20
 """Timesteps before and after a near fall that are looked at."""
 UNREAD = {"out": "--out", "budgets": "--budget", "matched": "--budget"} | dict.fromkeys(
-    ("thresholds", "variants"), ""
+    ("thresholds", "variants", "ahead"), ""
 )
 """Settings of a study that mean nothing here, and the option to give instead."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)

@@ -132,7 +132,8 @@ class NAMMPolicy(Policy):
     ) -> None:
         (rows,) = attn
         plain = type(self).observe is NAMMPolicy.observe  # not one that wants to be shown each tile
-        if not plain or not listen(tokens["ema"], tokens["previous"], tokens["waiting"], rows, queries, moving):
+        state = (tokens.fields[name] for name in ("ema", "previous", "waiting"))  # with the places that are free
+        if not plain or not listen(*state, rows, queries, moving):
             super().observe_apart(tokens, layer, interval, queries, moving, attn)
 
     def features(self, view: LayerView) -> Tensor:

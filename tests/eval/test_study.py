@@ -26,6 +26,7 @@ def config(tmp_path, monkeypatch):
     return {
         "task": {"_target_": "fake_task.FakeTask", "name": "fake", "clips": 4},
         "namms": {"namm": str(tmp_path / "one")},
+        "ahead": "namm",
         "thresholds": [],
         "rules": ["h2o", "random"],
         "variants": {},
@@ -67,7 +68,9 @@ def test_rules_are_matched_on_demand_only(config, console, tmp_path):
 
 
 def test_rules_share_a_layers_budget_where_asked(config, console, tmp_path):
-    rows = study(config | {"variants": {"shared": {"rules": ["h2o"], "allocation": "per_layer"}}}, tmp_path / "out", [], console)
+    rows = study(
+        config | {"variants": {"shared": {"rules": ["h2o"], "allocation": "per_layer"}}}, tmp_path / "out", [], console
+    )
     assert {row.policy for row in rows if "shared" in row.policy} == {"h2o_shared-0.25", "h2o_shared-0.5"}
     columns = OmegaConf.load(tmp_path / "out" / "rules_shared" / "config.yaml").policies
     assert {(column["name"], column["allocation"]) for column in columns.values()} == {("h2o", "per_layer")}
@@ -91,6 +94,17 @@ def test_a_reference_by_kind_has_no_threshold_to_match(config, console, tmp_path
     rows = study(config, tmp_path / "out", [], console)
     assert {row.policy for row in rows} >= {"namm-0.25", "namm-0.5", "full"}
     assert not [row.policy for row in rows if row.policy == "namm" or row.policy.endswith("matched")]
+
+
+def test_another_namm_is_what_the_others_are_compared_with(config, console, tmp_path):
+    config["namms"]["other"] = str(tmp_path / "two")
+    study(config | {"ahead": "other"}, tmp_path / "out", [], console)
+    assert "| other ahead by |" in (tmp_path / "out" / "table.md").read_text()
+    lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
+    assert lines["other-0.25"]["ahead"] is None
+    assert lines["namm-0.25"]["ahead"]["value"] == pytest.approx(
+        lines["other-0.25"]["score"]["value"] - lines["namm-0.25"]["score"]["value"]
+    )
 
 
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
@@ -125,6 +139,7 @@ def test_a_namm_is_given_options_and_thresholds(config, console, tmp_path):
         ({"namms": {"full": "default"}}, ConfigError, r"namms has the columns \['full'\]"),
         ({"namms": {"a-b": "default"}}, ConfigError, r"namms has the columns \['a-b'\]"),
         ({"rules": ["h3o"]}, ConfigError, "h3o"),
+        ({"ahead": "other"}, ConfigError, "ahead is 'other'; expected one of the columns namm"),
         ({"namms": {"rules_x": "default"}, "variants": {"x": {"kinds": 3}}}, ConfigError, r"columns \['rules_x'\]"),
         ({"variants": {"a-b": {"kinds": 3}}}, ConfigError, r"variants has the columns \['a-b'\]"),
         ({"variants": {"x": {"kind": 3}}}, ConfigError, "'kind'"),
