@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,8 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     plain = {name: name for name in sorted(by_name)}
     for name in plain:
         plain[name] = next((other for other in by_name if name.startswith(f"{other}_")), name)
-    palette = colormaps["tab10" if len({*plain.values()}) <= 10 else "tab20"].colors
-    colours = dict(zip(dict.fromkeys(plain.values()), cycle(palette), strict=False))
+    palette = colormaps["tab10" if len({*plain.values()}) <= 10 else "tab20"]
+    colours = {name: palette(number % palette.N) for number, name in enumerate(dict.fromkeys(plain.values()))}
     for name, found in sorted(by_name.items()):
         curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
         dashed, bold = name != plain[name], name.startswith("namm")

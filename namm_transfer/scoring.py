@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from namm_transfer.errors import BudgetError, ConfigError
+from namm_transfer.ranking import best
 from namm_transfer.spectrogram import HOP
 from namm_transfer.store import Fields, TokenStore
 from namm_transfer.tiles import Observed
@@ -205,55 +207,22 @@ class Policy(ABC):
         count = self.allowance(view)
         ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
         segments = view.tokens["positions"] // self.segment if self.segment else None
+        choose = partial(best, segments=segments, together=self.allocation == "per_layer")
         parts, whole = self.parts, sum(self.parts)
         if len(parts) == 1:
-            return self._best(ranked, count, segments) & view.valid()
+            return choose(ranked, count) & view.valid()
         kind, newest = view.tokens["positions"] % len(parts), (view.seen - 1) % len(parts)
         left = count - sum(count * part // whole for part in parts)  # for the newest token's kind, and those before it
         chosen = torch.zeros_like(view.valid())
         for number, part in enumerate(parts):
             own = kind == number
             share = count * part // whole + int((newest - number) % len(parts) < left)
-            chosen |= self._best(ranked.masked_fill(~own, -math.inf), share, segments) & own
+            chosen |= choose(ranked.masked_fill(~own, -math.inf), share) & own
         return chosen & view.valid()
-
-    def _best(self, ranked: Tensor, count: int, segments: Tensor | None) -> Tensor:
-        """[R, K, N] bool: of each head the ``count`` highest of [R, K, N] scores, or as many of all heads together."""
-        rows, heads, width = ranked.shape
-        if pooled := self.allocation == "per_layer":
-            ranked, count = _pooled(ranked), count * heads
-            segments = None if segments is None else _pooled(segments)
-        order = ranked.shape[-1] - 1 - torch.argsort(ranked.flip(-1), dim=-1, descending=True, stable=True)
-        if segments is not None:
-            order = _taking_turns(order, segments, ranked)
-        chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(2, order[..., :count], True)
-        return chosen.view(rows, width, heads).transpose(1, 2) if pooled else chosen
 
     def describe(self) -> dict[str, Any]:
         """The settings as plain values, to be written beside results and saved memories."""
-        described = {"name": self.name, "budget": self.budget, "allocation": self.allocation}
         kinds = self.kinds if isinstance(self.kinds, int) else list(self.kinds)
+        described: dict[str, Any] = {"name": self.name, "budget": self.budget, "allocation": self.allocation}
         described |= {} if kinds == 1 else {"kinds": kinds}
-        return described if self.segment is None else described | {"segment": self.segment}
-
-
-def _pooled(x: Tensor) -> Tensor:
-    """[R, K, N] -> [R, 1, N K], places in order."""
-    return x.transpose(1, 2).flatten(1).unsqueeze(1)
-
-
-def _taking_turns(order: Tensor, segments: Tensor, ranked: Tensor) -> Tensor:
-    """Places [R, K, N], best first -> the best of each segment, then the second best of each, and so on.
-
-    Args:
-        segments, ranked: [R, K, N] by place; infinite scores keep their rank, first or last.
-    """
-    score, own = ranked.gather(2, order), segments.gather(2, order)
-    grouped = torch.argsort(own, dim=-1, stable=True)  # segment by segment, the best first
-    own, rank = own.gather(2, grouped), torch.arange(own.shape[-1], device=own.device).expand_as(own)
-    begins = torch.ones_like(own, dtype=torch.bool)
-    begins[..., 1:] = own[..., 1:] != own[..., :-1]
-    turns = rank - torch.where(begins, rank, 0).cummax(-1).values
-    turns = torch.empty_like(turns).scatter_(2, grouped, turns)  # of the places in `order`
-    turns = turns.masked_fill(score == math.inf, -1).masked_fill(score == -math.inf, own.shape[-1])
-    return order.gather(2, torch.argsort(turns, dim=-1, stable=True))
+        return described | ({} if self.segment is None else {"segment": self.segment})

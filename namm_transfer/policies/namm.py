@@ -132,8 +132,8 @@ class NAMMPolicy(Policy):
     ) -> None:
         (rows,) = attn
         plain = type(self).observe is NAMMPolicy.observe  # not one that wants to be shown each tile
-        state = (tokens.fields[name] for name in ("ema", "previous", "waiting"))  # with the places that are free
-        if not plain or not listen(*state, rows, queries, moving):
+        held = tokens.fields  # with the places that are free
+        if not plain or not listen(held["ema"], held["previous"], held["waiting"], rows, queries, moving):
             super().observe_apart(tokens, layer, interval, queries, moving, attn)
 
     def features(self, view: LayerView) -> Tensor:
