@@ -24,7 +24,14 @@ from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.files import write_atomically
 from namm_transfer.scoring import check_budget
 
-__all__ = ["columns_matched", "columns_of_namm", "columns_of_rules", "columns_of_variant", "study"]
+__all__ = [
+    "columns_matched",
+    "columns_of_namm",
+    "columns_of_rules",
+    "columns_of_variant",
+    "settings_of_namm",
+    "study",
+]
 
 
 def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -42,15 +49,19 @@ def columns_of_variant(
     return {f"{rule}_{name}-{budget}": {"name": rule, "budget": budget, **options} for rule, budget in columns}
 
 
-def columns_of_namm(
-    name: str, namm: str | Mapping[str, Any], budgets: Sequence[float], thresholds: Sequence[float] = ()
-) -> dict[str, dict[str, Any]]:
-    """A NAMM by threshold, at zero and at others, and by rank at every budget; by rank alone if a budget is divided.
+def settings_of_namm(namm: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's settings, from a name or some of them.
 
     The heads of a layer share a budget: a NAMM's scores mean the same in all of them, or one threshold could not serve.
     """
-    options = {"namm": namm} if isinstance(namm, str) else namm
-    settings = {"name": "namm", "allocation": "per_layer", **options}
+    return {"name": "namm", "allocation": "per_layer", **({"namm": namm} if isinstance(namm, str) else namm)}
+
+
+def columns_of_namm(
+    name: str, namm: str | Mapping[str, Any], budgets: Sequence[float], thresholds: Sequence[float] = ()
+) -> dict[str, dict[str, Any]]:
+    """A NAMM by threshold, at zero and at others, and by rank at every budget; by rank alone if a budget is divided."""
+    settings = settings_of_namm(namm)
     ranked = {f"{name}-{budget}": settings | {"budget": budget} for budget in budgets}
     if settings.get("kinds", 1) != 1 or settings.get("segment"):  # of no effect on a threshold
         return ranked

@@ -137,6 +137,8 @@ class Policy(ABC):
             check_count("kinds", part, 1)
         if self.segment is not None:
             check_count("segment", self.segment, 1)
+        if self.budget is None and (len(self.parts) > 1 or self.segment is not None):
+            raise ConfigError("kinds and segment divide a budget, and there is none: give one, e.g. budget=0.5")
 
     def fields(self, dtype: torch.dtype) -> Fields:
         """State per token, for keys of ``dtype``; new tokens start at zero."""

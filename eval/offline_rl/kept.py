@@ -34,7 +34,7 @@ from namm_transfer.eval.provenance import record
 from namm_transfer.eval.results import OK, Row
 from namm_transfer.eval.rl_tasks import Episodes
 from namm_transfer.eval.runner import REFERENCE, matched_budget
-from namm_transfer.eval.study import columns_of_namm
+from namm_transfer.eval.study import settings_of_namm
 from namm_transfer.eval.workers import build_policy, build_task
 from namm_transfer.files import write_atomically
 
@@ -207,8 +207,9 @@ def measure_kept(config: Mapping[str, Any], console: Console, budget: float | No
     for rule in config["rules"]:
         build_policy({"name": rule, "budget": budget or 0.5})  # what is wrong with it is said before anything is played
     units = task.units(config["seed"])
-    columns = {name: columns_of_namm(name, namm, [])[name] for name, namm in config["namms"].items()}
-    columns = {name: settings | {"budget": budget} for name, settings in columns.items()}
+    columns = {name: settings_of_namm(namm) | {"budget": budget} for name, namm in config["namms"].items()}
+    for settings in columns.values():
+        build_policy(settings)  # likewise
     columns |= {rule: {"name": rule} for rule in config["rules"]}
     found: dict[str, Any] = {}
     matched = 1.0

@@ -156,8 +156,11 @@ def test_measured_and_drawn(episodes, tiny_hosts, tmp_path: Path, monkeypatch: p
     assert len(table(found).splitlines()) > 4
     draw(found, AROUND, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
-    ranked = measure_kept(config | {"rules": []}, Console(file=io.StringIO()), budget=0.5)["namm"]
-    assert ranked["policy"]["budget"] == 0.5
+    config["rules"], config["namms"]["by_kind"] = [], {"namm": str(tiny_hosts / "namm"), "kinds": 3}
+    ranked = measure_kept(config, Console(file=io.StringIO()), budget=0.5)
+    assert {column["policy"]["budget"] for column in ranked.values()} == {0.5}
+    with pytest.raises(ConfigError, match="divide a budget, and there is none"):
+        measure_kept(config, Console(file=io.StringIO()))
     with pytest.raises(ConfigError, match="needs a column 'namm'"):
         measure_kept(config | {"namms": {}}, Console())
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="h20"):

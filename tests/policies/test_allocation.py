@@ -141,6 +141,12 @@ def _positions(lengths: list[list[int]], seen: int, rng: np.random.Generator) ->
     return positions
 
 
+@pytest.mark.parametrize("divided", [{"segment": 16}, {"kinds": 3}, {"kinds": [2, 1]}])
+def test_what_is_divided_must_be_there(divided: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="kinds and segment divide a budget, and there is none"):
+        policy("namm", namm=NAMM.from_pretrained("default"), **divided)
+
+
 @pytest.mark.parametrize("segment", [0, -1, 16.0, True, "16"])
 def test_a_segment_is_counted(segment: object) -> None:
     with pytest.raises(ConfigError, match="segment must be an int of at least 1"):
