@@ -23,6 +23,7 @@ import torch
 __all__ = ["cpu", "gpu"]
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
+_HEADERS = sorted(_SOURCE.parent.glob("*.h"))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffast-math", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 _log = logging.getLogger("namm_transfer")
 
@@ -73,7 +74,8 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError(f"no C++ compiler found (looked for {os.environ.get('CXX', 'c++')}, g++, clang++)")
-    identity = (_SOURCE.read_bytes(), torch.__version__, _FLAGS, compiler, _processor())
+    code = [file.read_bytes() for file in (_SOURCE, *_HEADERS)]
+    identity = (code, torch.__version__, _FLAGS, compiler, _processor())
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namm_transfer"
     library = folder / f"cpu-{key}.so"
