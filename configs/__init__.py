@@ -148,7 +148,14 @@ def _meant(command: str, accepted: list[str], override: Override) -> str:
             return f"`{command}` has no {override.key_or_group} to choose (given: {override.input_line})"
     else:
         given, kind = override.key_or_group, f"key of `{command}`"
-        leaves = OmegaConf.to_container(_compose(command, accepted), resolve=False)
-        candidates = [key for key, _ in flatten(leaves)]
+        config, value = _compose(command, accepted), override.value()
+        held = OmegaConf.select(config, given)
+        if (
+            isinstance(held, DictConfig)
+            and isinstance(value, dict)
+            and (new := [key for key in value if key not in held])
+        ):
+            return f"{given} has no {new[0]!r}: add it with a plus, as in +{given}.{new[0]}=... ({override.input_line})"
+        candidates = [key for key, _ in flatten(OmegaConf.to_container(config, resolve=False))]
         candidates += [folder.name for folder in ROOT.iterdir() if any(folder.glob("**/*.yaml"))]
     return f"{given!r} is no {kind}: the nearest is {nearest(given, candidates)!r} (given: {override.input_line})"

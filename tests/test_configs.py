@@ -92,6 +92,8 @@ def test_every_task_file_has_exactly_the_settings_of_its_class(task):
             "nearest is 'tasks.offline_rl.model.update_interval'",
         ),
         ("transfer", ["task@tasks.video_qa=video_qa/shape"], "the nearest is 'video_qa/shapes'"),
+        ("study", ["variants={x: {kinds: 3}}"], "variants has no 'x': add it with a plus, as in +variants.x=..."),
+        ("study", ["namms={namm: quarter, other: default}"], "namms has no 'other': add it with a plus"),
         ("eval", ["policy=h2o"], "policy.budget has no value"),
         ("eval", ["policy.budget"], "cannot read the override 'policy.budget': expected key=value"),
         ("eval", ["policy.budget=[0.5"], "cannot read the override"),
