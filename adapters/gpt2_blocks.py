@@ -74,7 +74,7 @@ class Blocks:
             for name, value in held.items()
         ]
         self._held = tuple(zip(*held, strict=True))
-        """Dicts of modules and of parameters, names in them, and what is of the name: tuples that C goes through."""
+        """Dicts of modules and of parameters, names in them, and what was there: `current` compares without a loop."""
 
     @classmethod
     def of(cls, encoder: Any) -> Self | None:

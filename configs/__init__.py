@@ -24,6 +24,8 @@ from namm_transfer.errors import ConfigError
 __all__ = ["compose", "composed", "flatten", "given", "nearest", "unreadable"]
 
 ROOT = Path(__file__).resolve().parent
+_OPEN = ("namms", "policies", "tasks", "variants")
+"""Mappings that hold whatever a user names."""
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -149,13 +151,10 @@ def _meant(command: str, accepted: list[str], override: Override) -> str:
     else:
         given, kind = override.key_or_group, f"key of `{command}`"
         config, value = _compose(command, accepted), override.value()
-        held = OmegaConf.select(config, given)
-        if (
-            isinstance(held, DictConfig)
-            and isinstance(value, dict)
-            and (new := [key for key in value if key not in held])
-        ):
-            return f"{given} has no {new[0]!r}: add it with a plus, as in +{given}.{new[0]}=... ({override.input_line})"
+        held = OmegaConf.select(config, given, default={})
+        added = [key for key in value if key not in held] if given in _OPEN and isinstance(value, dict) else []
+        if added and not override.is_delete():
+            return f"{given} has no {added[0]!r}: add it as in +{given}.{added[0]}=... (given: {override.input_line})"
         candidates = [key for key, _ in flatten(OmegaConf.to_container(config, resolve=False))]
         candidates += [folder.name for folder in ROOT.iterdir() if any(folder.glob("**/*.yaml"))]
     return f"{given!r} is no {kind}: the nearest is {nearest(given, candidates)!r} (given: {override.input_line})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import numpy as np
 
 from namm_transfer.errors import DataError
 from namm_transfer.eval.results import OK, Row
+from namm_transfer.eval.runner import REFERENCE
 from namm_transfer.eval.statistics import Estimate, difference, mean, normalised
 from namm_transfer.files import replacing
 
 __all__ = ["THRESHOLD", "Line", "as_json", "compare", "curves", "markdown"]
 
 _MATCHED = "-matched"
-"""End of the names of columns whose budget is what the reference keeps by threshold."""
+"""End of the names of columns whose budget is what the column `namm` keeps by threshold."""
 THRESHOLD = "@"
 """In the names of columns of another threshold than zero, before it."""
+_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+"""Of a curve, and of its variants."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Line:
         of_full: fraction of the full cache's score; of its token accuracy where the score is a log-likelihood.
         difference: score minus the full cache's, paired by unit.
         by_kind: mean of that difference per kind of sample, or family of questions.
-        ahead: score of the reference at the same budget minus this policy's (of the reference by threshold, for columns
-            at its measured budget); None for itself and where the reference has no such column.
+        ahead: score of the reference at the same budget minus this policy's (of `namm` by threshold, for columns at its
+            measured budget); None for itself and where the reference has no such column.
     """
 
     policy: str
@@ -49,7 +53,7 @@ class Line:
     ahead: Estimate | None
 
 
-def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") -> list[Line]:
+def compare(rows: Sequence[Row], reference: str = REFERENCE, full: str = "full") -> list[Line]:
     """Pair every policy with the full cache, and with the reference at the same budget.
 
     Args:
@@ -86,7 +90,10 @@ def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") ->
     lines = []
     for name, column in columns.items():
         budget = column[units[0]].budget
-        rival = references.get(None if name.endswith(_MATCHED) else budget)
+        matched = name.endswith(_MATCHED)
+        rival = references.get(None if matched else budget)
+        if matched and reference != REFERENCE:
+            rival = None  # whose threshold keeps something else
         if name == full or THRESHOLD in name or all(row.kept_at_updates is None for row in column.values()):
             rival = None  # no budget, and yet not that of the reference by its threshold
         lines.append(
@@ -112,7 +119,7 @@ def compare(rows: Sequence[Row], reference: str = "namm", full: str = "full") ->
     return sorted(lines, key=place)
 
 
-def markdown(lines: Sequence[Line], metric: str = "score", reference: str = "namm") -> str:
+def markdown(lines: Sequence[Line], metric: str = "score", reference: str = REFERENCE) -> str:
     """The lines as a Markdown table."""
     kinds = sorted({kind for line in lines for kind in line.by_kind})
     head = ["policy", "budget", "kept", metric, "of full", "difference to full", *kinds, f"{reference} ahead by"]
@@ -141,7 +148,8 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str = "full") -> None:
     """Score against kept fraction, a curve per policy over its budgets, with 95 % intervals.
 
-    What has no budget (a NAMM by threshold, a baseline) is drawn as stars, a variant (`h2o_shared` of `h2o`) dashed.
+    What has no budget (a NAMM by threshold, a baseline) is drawn as stars; a variant (`h2o_shared` of `h2o`) has the
+    colour of what it varies.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # slow to import, and no backend is touched this way
@@ -153,31 +161,30 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
         if line.policy != full:
             name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED).partition(THRESHOLD)[0]
             by_name.setdefault(name, []).append(line)
-    plain = {name: name for name in sorted(by_name)}
-    for name in plain:
-        plain[name] = next((other for other in by_name if name.startswith(f"{other}_")), name)
-    palette = colormaps["tab10" if len({*plain.values()}) <= 10 else "tab20"]
-    colours = {name: palette(number % palette.N) for number, name in enumerate(dict.fromkeys(plain.values()))}
-    for name, found in sorted(by_name.items()):
-        curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
-        dashed, bold = name != plain[name], name.startswith("namm")
-        free = sorted((line for line in found if line.budget is None), key=lambda line: line.kept or 0)
-        for part, style in ((curve, "o-"), (free, "*:")):
-            if part:
-                label = f"{name} by threshold" if style == "*:" and curve else name
-                drawn = axes.errorbar(
-                    [line.kept if line.kept is not None else 1.0 for line in part],
-                    [line.score.value for line in part],
-                    yerr=np.nan_to_num([line.score.half_width for line in part]),
-                    fmt=style,
-                    color=colours[plain[name]],
-                    lw=2 if bold else 1,
-                    ms=12 if style == "*:" else 4,
-                    capsize=2,
-                    label=label,
-                )
-                if dashed:
-                    drawn.lines[0].set_linestyle("--")
+    families: dict[str, list[str]] = {}  # what is drawn in a colour: a name, and those that begin with it
+    for name in sorted(by_name):
+        base = min((other for other in by_name if name.startswith(f"{other}_")), key=len, default=name)
+        families.setdefault(base, []).append(name)
+    palette = colormaps["tab10" if len(families) <= 10 else "tab20"]
+    for number, names in enumerate(families.values()):
+        for name, dash in zip(names, cycle(_DASHES), strict=False):
+            found, bold = by_name[name], name.startswith("namm")
+            curve = sorted((line for line in found if line.budget is not None), key=lambda line: line.budget or 0)
+            free = sorted((line for line in found if line.budget is None), key=lambda line: line.kept or 0)
+            for part, marker, style in ((curve, "o", dash), (free, "*", ":")):
+                if part:
+                    axes.errorbar(
+                        [line.kept if line.kept is not None else 1.0 for line in part],
+                        [line.score.value for line in part],
+                        yerr=np.nan_to_num([line.score.half_width for line in part]),
+                        marker=marker,
+                        ls=style,
+                        color=palette(number % palette.N),
+                        lw=2 if bold else 1,
+                        ms=12 if marker == "*" else 4,
+                        capsize=2,
+                        label=f"{name} by threshold" if marker == "*" and curve else name,
+                    )
     for line in lines:
         if line.policy == full:
             axes.axhline(line.score.value, color="black", lw=1, label="full cache")

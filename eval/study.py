@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +46,19 @@ def columns_of_rules(rules: Sequence[str], budgets: Sequence[float]) -> dict[str
 def columns_of_variant(
     name: str, variant: Mapping[str, Any], rules: Sequence[str], budgets: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
-    """The variant's rules, by default all, at every budget with its options of a policy, under names that say so."""
-    options = {key: value for key, value in variant.items() if key != "rules"}
-    columns = [(rule, budget) for budget in budgets for rule in variant.get("rules", rules)]
+    """The variant's rules, by default all, at every budget with its options of a policy, under names that say so.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    options = dict(variant) if isinstance(variant, Mapping) else {}
+    chosen = options.pop("rules", rules)
+    if not options or not chosen or isinstance(chosen, str) or {"name", "budget"} & {*options}:
+        raise ConfigError(
+            f"variants.{name} is {variant!r}; expected options of a policy but its name and budget, and perhaps the "
+            "rules that get them, as in {rules: [h2o, tova], kinds: 3}"
+        )
+    columns = [(rule, budget) for budget in budgets for rule in chosen]
     return {f"{rule}_{name}-{budget}": {"name": rule, "budget": budget, **options} for rule, budget in columns}
 
 
@@ -100,13 +113,15 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
             raise ConfigError(
                 f"{key} has the columns {bad}; expected names of letters, digits and underscores of their own"
             )
-    if config["ahead"] not in namms:
+    if namms and config["ahead"] not in namms:
         raise ConfigError(f"ahead is {config['ahead']!r}; expected one of the columns {', '.join(namms)} of namms")
     parts = {"rules": columns_of_rules(config["rules"], budgets)}
     parts |= {part: columns_of_variant(*variant, config["rules"], budgets) for part, variant in variants.items()}
     parts |= {name: columns_of_namm(name, namm, budgets, config["thresholds"]) for name, namm in namms.items()}
     if REFERENCE in parts.get(REFERENCE, {}) and config["matched"]:  # it has a threshold
         parts[REFERENCE] |= columns_matched(config["rules"])
+    if twice := [name for name, times in Counter(chain.from_iterable(parts.values())).items() if times > 1]:
+        raise ConfigError(f"{', '.join(twice)}: more than one column would have this name; rename those of namms")
     shared = {key: config[key] for key in ("seed", "executor")}
     runs = {
         name: Run({**shared, "tasks": {"task": config["task"]}, "policies": columns}, out / name)
@@ -119,7 +134,7 @@ def study(config: Mapping[str, Any], out: Path, command: Sequence[str], console:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; what is finished is kept in {out}: the same command goes on") from None
         rows += run.folder.rows()
-    _write(rows, config, " ".join(["namm-transfer study", *command]), out, console)
+    _write(rows, config, shlex.join(["namm-transfer", "study", *command]), out, console)
     return rows
 
 

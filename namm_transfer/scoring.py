@@ -108,8 +108,9 @@ class Policy(ABC):
         kinds: the tokens are of so many kinds in turn (a decision transformer's are a return, a state and an action).
             Each kind gets an equal part of the budget, for which its tokens compete among themselves: kinds that get
             little attention throughout are not forgotten for that. Parts that differ are given one by one: (2, 1, 1).
-        segment: every so many positions are a segment (a frame, a second of video). Segments take turns at the budget:
-            each keeps its best token, then each its second best, and so on, so that none is forgotten for being dull.
+        segment: every so many positions, counted from the first token, are a segment (about a frame, a second of
+            video). Segments take turns at the budget: each keeps its best token, then each its second best, and so on,
+            so that a dull one is forgotten only where there are more segments than the budget has tokens.
     """
 
     name: ClassVar[str]
@@ -207,8 +208,10 @@ class Policy(ABC):
     def rank(self, view: LayerView, scores: Tensor) -> Tensor:
         """The best tokens within the budget, of each head or of all together; between equal scores the newer stays."""
         count = self.allowance(view)
-        ranked = recent(view, scores.float().nan_to_num(nan=-math.inf), 1).masked_fill(~view.valid(), -math.inf)
-        segments = view.tokens["positions"] // self.segment if self.segment else None
+        finite = torch.finfo(torch.float32)  # NaN is evicted first, but is no padding; what must stay is infinite
+        ranked = recent(view, scores.float().nan_to_num(finite.min, math.inf, finite.min), 1)
+        ranked = ranked.masked_fill(~view.valid(), -math.inf)
+        segments = view.tokens["positions"].long() // self.segment if self.segment else None
         choose = partial(best, segments=segments, together=self.allocation == "per_layer")
         parts, whole = self.parts, sum(self.parts)
         if len(parts) == 1:

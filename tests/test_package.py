@@ -56,6 +56,9 @@ def test_packaged_files_are_there() -> None:
         assert (assets / "hosts" / host / "model.safetensors").is_file(), host
     assert len(list((assets / "videos").rglob("*.mp4"))) >= 40
     assert (configs / "transfer.yaml").is_file()
+    code = {file.name for file in (ROOT / "namm_transfer" / "kernels").glob("*.[ch]*")}
+    assert len(code) > 2
+    assert code <= {file.name for file in (Path(namm_transfer.__path__[0]) / "kernels").iterdir()}
     size = sum(f.stat().st_size for f in (assets / "hosts").rglob("*") if f.is_file())
     assert size < 34e6  # two of 5.6e6 answer, ten of 1.7e6 play
 

@@ -12,6 +12,7 @@ Shape letters: L layers, K KV heads, S tokens seen, T timesteps, n episodes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def main(
         chosen = ["task=offline_rl/hopper", *chosen]
     config, console = composed("study", chosen), Console()
     for key, instead in UNREAD.items():
-        if any(one.lstrip("+").startswith(f"{key}=") for one in chosen):
+        if any(re.split("[.=]", one.lstrip("+~"), maxsplit=1)[0] == key for one in chosen):
             raise ConfigError(f"{key} is a setting of a study and is not read here{instead and f': give {instead}'}")
     use_executor(config["executor"])
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before hours are spent

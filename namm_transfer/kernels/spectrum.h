@@ -197,7 +197,7 @@ void listen_all(Tensor& ema, Tensor& previous, Tensor& waiting, const Tensor& at
 
 // Note the attention of a few queries in `waiting`, and fold each hop of 16 that they finish as `advance_` does.
 //
-// ema, previous as of `advance_`, waiting [R, K, N, 16] of their type; attn [R, K, t, N] float32, contiguous; row r has
+// ema, previous as of `advance_`, waiting [R, K, N, 16] of their type, all of N places or more; attn [R, K, t, N] float32, contiguous; row r has
 // made queries[r] queries before these, and is left alone unless moving[r].
 void listen_(Tensor ema, Tensor previous, Tensor waiting, const Tensor& attn, at::IntArrayRef queries,
              const c10::List<bool>& moving, double decay, double scale) {

@@ -20,10 +20,12 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
     evicts: ClassVar[bool] = False
+    optional_budget: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.budget is not None:
             raise BudgetError(f"the policy 'full' keeps every token and takes no budget; got {self.budget!r}")
+        super().__post_init__()
 
     def scores(self, view: LayerView) -> Tensor:
         return torch.zeros_like(view.tokens["positions"], dtype=torch.float32)

@@ -20,9 +20,8 @@ HERE = Path(__file__).parent
 def config(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setenv("FAKE_TASK_LOG", str(tmp_path / "log"))
-    for name in ("one", "two"):
-        vector = torch.full((NUM_PARAMETERS,), len(name) / 10)
-        NAMM.from_vector(vector).save_pretrained(tmp_path / name)
+    for name, value in (("one", 0.1), ("two", 0.2)):
+        NAMM.from_vector(torch.full((NUM_PARAMETERS,), value)).save_pretrained(tmp_path / name)
     return {
         "task": {"_target_": "fake_task.FakeTask", "name": "fake", "clips": 4},
         "namms": {"namm": str(tmp_path / "one")},
@@ -102,9 +101,11 @@ def test_another_namm_is_what_the_others_are_compared_with(config, console, tmp_
     assert "| other ahead by |" in (tmp_path / "out" / "table.md").read_text()
     lines = {line["policy"]: line for line in json.loads((tmp_path / "out" / "table.json").read_text())["lines"]}
     assert lines["other-0.25"]["ahead"] is None
-    assert lines["namm-0.25"]["ahead"]["value"] == pytest.approx(
-        lines["other-0.25"]["score"]["value"] - lines["namm-0.25"]["score"]["value"]
-    )
+    for column in ("namm-0.25", "h2o-0.25"):
+        lead = lines["other-0.25"]["score"]["value"] - lines[column]["score"]["value"]
+        assert lines[column]["ahead"]["value"] == pytest.approx(lead)
+        assert lead != pytest.approx(0)
+    assert lines["h2o-matched"]["ahead"] is None  # it was given what `namm` keeps, not `other`
 
 
 def test_another_namm_joins_for_its_own_price(config, console, tmp_path):
@@ -143,6 +144,11 @@ def test_a_namm_is_given_options_and_thresholds(config, console, tmp_path):
         ({"namms": {"rules_x": "default"}, "variants": {"x": {"kinds": 3}}}, ConfigError, r"columns \['rules_x'\]"),
         ({"variants": {"a-b": {"kinds": 3}}}, ConfigError, r"variants has the columns \['a-b'\]"),
         ({"variants": {"x": {"kind": 3}}}, ConfigError, "'kind'"),
+        ({"variants": {"x": None}}, ConfigError, "variants.x is None; expected options"),
+        ({"variants": {"x": {"rules": "h2o", "kinds": 3}}}, ConfigError, "variants.x is"),
+        ({"variants": {"x": {"rules": [], "kinds": 3}}}, ConfigError, "variants.x is"),
+        ({"variants": {"x": {"budget": 0.9, "kinds": 3}}}, ConfigError, "variants.x is"),
+        ({"namms": {"namm": "default", "h2o": "default"}}, ConfigError, "h2o-0.25, h2o-0.5: more than one column"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_run(config, console, tmp_path, change, error, message):

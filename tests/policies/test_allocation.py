@@ -141,6 +141,21 @@ def _positions(lengths: list[list[int]], seen: int, rng: np.random.Generator) ->
     return positions
 
 
+@pytest.mark.parametrize(
+    ("name", "stays"), [("streaming", range(4)), ("h2o", range(152, 160)), ("snapkv", range(144, 160))]
+)
+def test_what_a_rule_never_evicts_stays_whatever_its_segment(name: str, stays: range) -> None:
+    positions = torch.arange(160, dtype=torch.int32).view(1, 1, -1)
+    chosen = policy(name, budget=24 if name == "snapkv" else 16, segment=16)
+    fields = {"positions": positions}
+    for field, (shape, dtype) in chosen.fields(torch.float32).items():
+        fields[field] = torch.rand(1, 1, 160, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    view = LayerView(TokenStore.from_padded(fields, torch.tensor([[160]])), 0, (0, 1), 160, 160, 16)
+    kept = chosen.decide(view).nonzero()[:, 2].tolist()
+    assert len(kept) == chosen.budget
+    assert {*stays} <= {*kept}
+
+
 @pytest.mark.parametrize("divided", [{"segment": 16}, {"kinds": 3}, {"kinds": [2, 1]}])
 def test_what_is_divided_must_be_there(divided: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="kinds and segment divide a budget, and there is none"):
