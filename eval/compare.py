@@ -154,7 +154,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # slow to import, and no backend is touched this way
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(10.5, 6), layout="constrained")
     axes = figure.subplots()
     by_name: dict[str, list[Line]] = {}
     for line in lines:
@@ -165,7 +165,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     for name in sorted(by_name):
         base = min((other for other in by_name if name.startswith(f"{other}_")), key=len, default=name)
         families.setdefault(base, []).append(name)
-    palette = colormaps["tab10" if len(families) <= 10 else "tab20"]
+    palette = colormaps["tab20"]
     for number, names in enumerate(families.values()):
         for name, dash in zip(names, cycle(_DASHES), strict=False):
             found, bold = by_name[name], name.startswith("namm")
@@ -179,7 +179,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
                         yerr=np.nan_to_num([line.score.half_width for line in part]),
                         marker=marker,
                         ls=style,
-                        color=palette(number % palette.N),
+                        color=palette((2 * number + number // 10) % 20),  # the ten strong ones first
                         lw=2 if bold else 1,
                         ms=12 if marker == "*" else 4,
                         capsize=2,
@@ -192,7 +192,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
                 axes.axhspan(line.score.low, line.score.high, color="black", alpha=0.07)
     axes.set(xlabel="fraction kept just after decisions", ylabel=metric, title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
