@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,7 +251,7 @@ def main(
     record(out / "provenance.json", build_task(config["task"]).inputs(), config["seed"])
     found = measure_kept(config, console, budget)
     ranked = [] if budget is None else ["--budget", str(budget)]
-    command = " ".join(["python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER", *ranked, *chosen])
+    command = "python -P -m namm_transfer.eval.offline_rl.kept --out FOLDER " + shlex.join([*ranked, *chosen])
     content = {"command": command, "task": config["task"]["name"], "policies": found}
     write_atomically(out / "kept.json", json.dumps(content, indent=1) + "\n")
     write_atomically(out / "table.md", f"{table(found)}\n![kept](kept.png)\n\nMade by `{command}`.\n")
