@@ -28,14 +28,16 @@ class Material(Protocol[C]):
         words: of the questions and answers, and of the looks.
         looks: the words for what a token may look like, by respect. Nothing in a respect is the class after the last.
         classes: how many things may be true at a token, by name.
+        shown: how many frames of a clip may be shown, the usual number first.
     """
 
     words: ClassVar[Sequence[str]]
     looks: ClassVar[Mapping[str, Sequence[str]]]
     classes: ClassVar[Mapping[str, int]]
+    shown: ClassVar[Sequence[int]]
 
-    def clips(self, rng: np.random.Generator, count: int) -> list[C]:
-        """Clips of the training split."""
+    def clips(self, rng: np.random.Generator, count: int, frames: int) -> list[C]:
+        """Clips of the training split, of which so many frames will be shown."""
         ...
 
     def questions(self, rng: np.random.Generator, clip: C, count: int) -> list[Question]:

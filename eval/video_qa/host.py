@@ -60,13 +60,17 @@ def build_tokenizer(known: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaNextVideoForConditionalGeneration:
+def build_model(
+    seed: int, tokenizer: PreTrainedTokenizerFast | None = None, stretch: float = 1.0
+) -> LlavaNextVideoForConditionalGeneration:
     """An untrained host, its weights drawn from `seed` without touching the global generator.
 
     Args:
         tokenizer: whose words it is to know; by default those of the packaged clips' questions.
+        stretch: what the decoder's positions are divided by, so that it may have so many times as many.
     """
     tokenizer = tokenizer or build_tokenizer()
+    rope = {"rope_type": "default"} if stretch == 1 else {"rope_type": "linear", "factor": float(stretch)}
     config = LlavaNextVideoConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=96,
@@ -85,7 +89,8 @@ def build_model(seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> 
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=48,
-            max_position_embeddings=4096,
+            max_position_embeddings=round(4096 * stretch),
+            rope_parameters={"rope_theta": 10000.0, **rope},
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -36,6 +36,7 @@ class Shapes:
 
     words: ClassVar[Sequence[str]] = WORDS
     looks: ClassVar[Mapping[str, Sequence[str]]] = {"colour": tuple(COLOURS), "shape": SHAPES}
+    shown: ClassVar[Sequence[int]] = (64, 32, 16, 8, 4, 2, 1)
     # "Nothing there" is the last class of each.
     classes: ClassVar[Mapping[str, int]] = {
         "colour": len(COLOURS) + 1,
@@ -45,7 +46,7 @@ class Shapes:
         "count": EVENTS + 1,
     }
 
-    def clips(self, rng: np.random.Generator, count: int) -> list[Clip]:
+    def clips(self, rng: np.random.Generator, count: int, frames: int) -> list[Clip]:
         return [make_clip(int(seed)) for seed in rng.integers(TRAIN_SEEDS, 2**40, size=count)]
 
     def questions(self, rng: np.random.Generator, clip: Clip, count: int) -> list[Question]:

@@ -9,6 +9,7 @@ Clips are drawn on the fly from seeds that no other split uses, and go through m
 """
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_q
 from namm_transfer.eval.video_qa.clips import FPS, FRAMES
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
+    PACKAGED_HOSTS,
     build_model,
     build_tokenizer,
     load_host,
@@ -89,7 +91,10 @@ class TrainConfig:
     Attributes:
         material: `shapes`, or `suite`, the eight families of questions.
         stages: null: those of `MATERIALS`.
-        start: folder of a trained host that the first stage goes on from; null: weights drawn from the seed.
+        start: trained host that the first stage goes on from, a folder or the name of a packaged one; null: weights
+            drawn from the seed.
+        stretch: what positions are divided by (linear position interpolation, https://arxiv.org/abs/2306.15595): a
+            host that reads 64 frames begins to read 256 where they are divided by 4.
     """
 
     seed: int = 0
@@ -99,15 +104,20 @@ class TrainConfig:
     held_out_clips: int = 200
     threads: int = 1
     start: str | None = None
+    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         if self.material not in MATERIALS:
             raise ConfigError(f"material is {self.material!r}; expected one of {', '.join(MATERIALS)}")
         check_at_least_one(self, "questions_per_clip", "held_out_clips", "threads")
         check_stages(self.stages or (), FIGURES)
+        shown = MATERIALS[self.material][0].shown
         for number, stage in enumerate(self.stages or ()):
-            if stage.name != "frames" and (stage.frames < 1 or FRAMES % stage.frames):
-                raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected a divisor of {FRAMES}")
+            if stage.name != "frames" and stage.frames not in shown:
+                listed = ", ".join(map(str, shown))
+                raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected one of {listed}")
+        if not 1 <= self.stretch < math.inf:
+            raise ConfigError(f"stretch is {self.stretch}; expected a number of at least 1")
 
 
 def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
@@ -127,14 +137,17 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     if resume and is_finished(out_dir, asdict(config)):
         return load_host(out_dir)[0]
     lessons = _Lessons(config, material)
-    settings: dict[str, Any] = {key: getattr(config, key) for key in ("seed", "material", "questions_per_clip")}
+    settings: dict[str, Any] = {
+        key: getattr(config, key) for key in ("seed", "material", "questions_per_clip", "stretch")
+    }
     before = {}
     if config.start is not None:
-        host, processor = load_host(Path(config.start))
+        start = PACKAGED_HOSTS.get(config.start, Path(config.start))
+        host, processor = load_host(start)
         if processor.tokenizer.get_vocab() != lessons.tokenizer.get_vocab():
             raise CheckpointError(f"{config.start} knows other words than the questions of {config.material!r}")
         lessons.model.load_state_dict(host.state_dict())
-        record = Path(config.start) / "training.json"
+        record = start / "training.json"
         before = {"before": json.loads(record.read_text())} if record.is_file() else {}
         settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
@@ -147,7 +160,9 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         "config": asdict(config),
         "seconds": round(trainer.seconds),
         "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
-        "held_out": examine(*load_host(out_dir), config.held_out_clips),
+        "held_out": examine(
+            *load_host(out_dir), config.held_out_clips, num_frames=max(s.frames for s in stages) or FRAMES
+        ),
         "history": trainer.history,
         **before,
     }
@@ -163,7 +178,7 @@ class _Lessons:
         self.config = config
         self.material = material
         self.tokenizer = build_tokenizer(material.words)
-        self.model = build_model(config.seed, self.tokenizer)
+        self.model = build_model(config.seed, self.tokenizer, config.stretch)
         use_packed_attention(self.model)
         generator = torch.Generator().manual_seed(config.seed)
         hidden = self.model.config.get_text_config().hidden_size
@@ -198,12 +213,14 @@ class _Lessons:
         return [parameter for module in trained for parameter in module.parameters()], loss_at
 
     def _symbolic(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips, frames = self.material.clips(rng, stage.batch), self.material.frames(rng, stage.frames)
+        clips = self.material.clips(rng, stage.batch, stage.frames)
+        frames = self.material.frames(rng, stage.frames)
         truth = self.material.frame_truth(clips, frames)
         return self._answer(self.symbols(truth), truth, clips, rng, options=stage.name == "options", frames=len(frames))
 
     def _video(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips, frames = self.material.clips(rng, stage.batch), self.material.frames(rng, stage.frames)
+        clips = self.material.clips(rng, stage.batch, stage.frames)
+        frames = self.material.frames(rng, stage.frames)
         pixels = [pixel_values(through_mp4(self.material.render(clip), FPS)[frames]) for clip in clips]
         visual = visual_features(self.model, torch.stack(pixels), frozen=stage.name != "whole")
         return self._answer(visual, self.material.frame_truth(clips, frames), clips, rng, options=True)
@@ -238,7 +255,7 @@ class _Lessons:
         return loss, figures
 
     def _frames(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clips = self.material.clips(rng, stage.batch)
+        clips = self.material.clips(rng, stage.batch, self.material.shown[0])
         pairs = [(clip, self.material.moment(rng, clip)) for clip in clips]
         # One frame each of many clips, all in one file: as varied as it gets for the price of one encoding.
         frames = through_mp4(np.concatenate([self.material.render(*pair) for pair in pairs]), FPS)

@@ -1,5 +1,6 @@
 """What video LLMs are taught with: every word is known, and what is told of a frame is what its pixels show."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_every_word_is_known_and_every_answer_is_asked_for(material) -> None:
     tokenizer, families = build_tokenizer(material.words), set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        (clip,) = material.clips(rng, 1)
+        (clip,) = material.clips(rng, 1, material.shown[seed % len(material.shown)])
         assert clip.seed >= TRAIN_SEEDS
         questions = material.questions(rng, clip, 10)
         assert len(questions) == 10
@@ -42,14 +43,16 @@ def test_every_word_is_known_and_every_answer_is_asked_for(material) -> None:
     assert families == (set(FAMILIES) if isinstance(material, Suite) else {"colour", "shape", "direction", "order"})
 
 
-def test_what_is_told_of_a_frame_of_the_suite_is_what_its_cells_and_pixels_show() -> None:
-    material, rng, frames = Suite(), np.random.default_rng(0), np.arange(64)
-    clips = material.clips(rng, 4)
+@pytest.mark.parametrize(("length", "count"), [(64, 4), (256, 1)])
+def test_what_is_told_of_a_frame_of_the_suite_is_what_its_cells_and_pixels_show(length, count) -> None:
+    material, rng = Suite(), np.random.default_rng(0)
+    clips, frames = material.clips(rng, count, length), material.frames(rng, length)
+    assert np.array_equal(frames, np.arange(length))
     told = material.frame_truth(clips, frames)
     assert set(told) == {*material.classes, *material.looks, "cell", "place"}
     for row, clip in enumerate(clips):
         cells, pixels = material.cell_truth(clip, frames), material.render(clip)
-        of_clip = {key: value[row].view(64, 2) for key, value in told.items()}
+        of_clip = {key: value[row].view(length, 2) for key, value in told.items()}
         for frame in frames:
             sign, shown = ({key: int(value[frame, which]) for key, value in of_clip.items()} for which in (0, 1))
             place = sign["place"] - 16 * frame
@@ -68,6 +71,7 @@ def test_what_is_told_of_a_frame_of_the_suite_is_what_its_cells_and_pixels_show(
                     event.shape,
                 )
                 assert set(cells["colour"][frame, 4:].tolist()) <= {shown["colour"], len(PALETTE)}
+                assert shown["sight"] == min(32 * (frame - event.start) // length, 23)
             else:
                 assert set(cells["colour"][frame, 4:].tolist()) == {len(PALETTE)}
         assert of_clip["count"][-1, 1] == len(clip.events) and (of_clip["count"][:, 0] == IGNORED).all()
@@ -104,13 +108,38 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path) -> None:
         TrainConfig(material="forms")
     for change, message in (
         ({"name": "foo"}, r"stages\[0\].name is 'foo'; expected one of questions"),
-        ({"frames": 40}, r"stages\[0\].frames is 40; expected a divisor of 64"),
+        ({"frames": 40}, r"stages\[0\].frames is 40; expected one of 64, 32, 16, 8, 4, 2, 1"),
         ({"goal": 0.5, "figure": "accuracy"}, r"stages\[0\].figure is 'accuracy'; expected one of frame, word, answer"),
     ):
         stage = {"name": "video", "steps": 1, "batch": 1, "learning_rate": 1e-3, "frames": 64} | change
         with pytest.raises(ConfigError, match=message):
             TrainConfig(stages=(Stage(**stage),))
+    with pytest.raises(ConfigError, match=r"frames is 128; expected one of 64, 256, 1024"):
+        TrainConfig(material="suite", stages=(Stage("video", steps=1, batch=1, learning_rate=1e-3, frames=128),))
+    for stretch in (0.5, float("nan")):
+        with pytest.raises(ConfigError, match="stretch is .*; expected a number of at least 1"):
+            TrainConfig(stretch=stretch)
     with pytest.raises(CheckpointError, match="no model.safetensors"):
         train(TrainConfig(start=str(tmp_path)), tmp_path / "out")
     with pytest.raises(CheckpointError, match="knows other words than the questions of 'suite'"):
         train(TrainConfig(material="suite", start=str(PACKAGED)), tmp_path / "out")
+
+
+def test_a_packaged_host_goes_on_with_its_positions_stretched_over_longer_clips(tmp_path) -> None:
+    video = Stage("video", steps=1, batch=1, learning_rate=1e-6, frames=256)
+    config = TrainConfig(
+        material="suite", stages=(video,), held_out_clips=1, start="llava_next_video_suite", stretch=4, threads=2
+    )
+    model = train(config, tmp_path / "host")
+    loaded, _ = load_host(tmp_path / "host")
+    text = loaded.config.get_text_config()
+    assert text.rope_parameters["factor"] == 4 and text.max_position_embeddings == 4 * 4096
+    told = json.loads((tmp_path / "host" / "training.json").read_text())
+    assert told["before"]["config"]["material"] == "suite" and told["held_out"]["all"]["n"] == 16
+    # what stretching means: position 4 n is what n was
+    rotary, before = (host.model.language_model.rotary_emb for host in (model, load_host(PACKAGED)[0]))
+    states, places = torch.zeros(1, 9, 48), torch.arange(9)[None]
+    for stretched, usual in zip(rotary(states, 4 * places), before(states, places), strict=True):
+        torch.testing.assert_close(stretched, usual)
+    with pytest.raises(CheckpointError, match="another stretch"):
+        train(replace(config, stretch=2), tmp_path / "host")

@@ -7,7 +7,7 @@ from transformers import LlavaNextVideoForConditionalGeneration
 
 from namm_transfer.eval.video_qa.evaluate import QAClip, accuracy_by_family
 from namm_transfer.eval.video_qa.host import VideoQAProcessor
-from namm_transfer.eval.video_qa.suite.clips import FRAMES, make_clip
+from namm_transfer.eval.video_qa.suite.clips import make_clip
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, file_of, write_clip
 
 __all__ = ["held_out_accuracy"]
@@ -16,14 +16,14 @@ REDUNDANCY = 0.5
 
 
 def held_out_accuracy(
-    model: LlavaNextVideoForConditionalGeneration, processor: VideoQAProcessor, clips: int
+    model: LlavaNextVideoForConditionalGeneration, processor: VideoQAProcessor, clips: int, *, num_frames: int
 ) -> dict[str, dict[str, float]]:
-    """`accuracy_by_family` on clips of 64 frames, half of them redundant, of the last of the held-out seeds: the task
-    begins with the first."""
+    """`accuracy_by_family` on clips of `num_frames` frames, half of them redundant, of the last of the held-out seeds:
+    the task begins with the first."""
     with tempfile.TemporaryDirectory() as folder:
 
         def written(seed: int) -> QAClip:
-            clip = make_clip(seed, FRAMES[0], REDUNDANCY)
+            clip = make_clip(seed, num_frames, REDUNDANCY)
             file = file_of(clip, Path(folder))
             write_clip(clip, file.path)
             return file

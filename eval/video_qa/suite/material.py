@@ -35,11 +35,10 @@ from namm_transfer.eval.video_qa.suite.questions import ORDINALS, RESPECTS, ques
 
 __all__ = ["Suite"]
 
-LENGTH = FRAMES[0]
-MOST = max(OBJECTS[LENGTH][-1])
+MOST = max(OBJECTS[FRAMES[-1]][-1])
 MOST_REDUNDANT = 0.95
-SIGHT, SIGHTS = 2, 24
-"""How long the present object has been in sight is told in steps of so many frames, up to so many steps."""
+SIGHT, SIGHTS = 32, 24
+"""How long the present object has been in sight is told in such parts of the clip, up to so many of them."""
 NEEDLES = 0.2
 """Fraction of the single frames that show a digit."""
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -53,7 +52,9 @@ _QUESTION_WORDS = (
 
 
 class Suite:
-    """Clips of 64 frames of any redundancy, and questions of all eight families."""
+    """Clips of any redundancy, and questions of all eight families."""
+
+    shown: ClassVar[Sequence[int]] = FRAMES
 
     looks: ClassVar[Mapping[str, Sequence[str]]] = {
         "colour": PALETTE,
@@ -83,10 +84,10 @@ class Suite:
         "change_quarter": QUARTERS + 1,
     }
 
-    def clips(self, rng: np.random.Generator, count: int) -> list[SuiteClip]:
+    def clips(self, rng: np.random.Generator, count: int, frames: int) -> list[SuiteClip]:
         seeds = rng.integers(TRAIN_SEEDS, 2**40, size=count)
         redundancies = rng.uniform(0, MOST_REDUNDANT, size=count)
-        return [make_clip(int(seed), LENGTH, float(r)) for seed, r in zip(seeds, redundancies, strict=True)]
+        return [make_clip(int(seed), frames, float(r)) for seed, r in zip(seeds, redundancies, strict=True)]
 
     def questions(self, rng: np.random.Generator, clip: SuiteClip, count: int) -> list[Question]:
         pool = questions_of(clip)
@@ -94,7 +95,7 @@ class Suite:
 
     def frames(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """All of them: to leave out any might leave out the digit."""
-        return np.arange(LENGTH)
+        return np.arange(count)
 
     def moment(self, rng: np.random.Generator, clip: SuiteClip) -> np.ndarray:
         return np.array([clip.needle]) if rng.random() < NEEDLES else rng.integers(clip.frames, size=1)
@@ -137,7 +138,7 @@ def _told(clip: SuiteClip, frames: np.ndarray, classes: Mapping[str, int]) -> di
         truth["count"][begun, _SHOWN] = number + 1
         truth["colour"][visible, _SHOWN], truth["shape"][visible, _SHOWN] = _names(event)
         truth["direction"][visible, _SHOWN] = list(DIRECTIONS).index(event.direction)
-        truth["sight"][visible, _SHOWN] = np.minimum((frames[visible] - event.start) // SIGHT, SIGHTS - 1)
+        truth["sight"][visible, _SHOWN] = np.minimum((frames[visible] - event.start) * SIGHT // clip.frames, SIGHTS - 1)
         # below the sign, whatever of an object that enters is still behind it
         truth["cell"][visible, _SHOWN] = np.maximum(main_cells(event, frames[visible]), CELLS)
         if number:
