@@ -15,7 +15,7 @@ from namm_transfer.network import NAMM
 __all__ = ["doctor"]
 
 EXTRAS = {
-    "language": ("gguf", "accelerate"),
+    "language": ("gguf", "accelerate", "peft"),
     "ray": ("ray",),
     "lm-eval": ("lm_eval", "fugashi"),
     "lmms-eval": ("lmms_eval",),

@@ -22,6 +22,7 @@ from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.eval.video import fit, stream
 from namm_transfer.eval.video_qa.clips import SIDE
 from namm_transfer.eval.video_qa.host import PACKAGED_HOSTS, VideoQAProcessor, load_host, pixel_values
+from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER
 from namm_transfer.eval.workers import build_policy
 from namm_transfer.policies import Policy
 
@@ -72,7 +73,7 @@ def remember(
     with frames, adapt(model.to(device), policy, interval) as host:
         start = None
         if memory is None:
-            memory, start = VideoMemory(host.new_cache(), about=source), [processor.tokenizer.bos_token_id]
+            memory, start = VideoMemory(host.new_cache(), about=source), processor.around(VIDEO_PLACEHOLDER)[0]
         else:
             memory.cache.to(device)
             console.print(f"{memory.frames} of {frames.total} frames are in {resume} already")
@@ -152,13 +153,14 @@ def _answer(
     """Ask one question; the host knows few words, so those that it does not know are named."""
     tokenizer = processor.tokenizer
     cue = "" if question.rstrip().endswith("Answer:") else "\nAnswer:"
-    encoded = tokenizer(question + cue, add_special_tokens=False, return_tensors="pt", return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    spans = encoded["offset_mapping"][ids == tokenizer.unk_token_id].tolist()
-    if spans:
-        words = ", ".join(repr(question[start:end]) for start, end in spans)
+    read = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    unknown = [question[start:end] for token, (start, end) in spans if token == tokenizer.unk_token_id]
+    if unknown:
+        words = ", ".join(map(repr, unknown))
         console.print(f"[yellow]the host does not know the words {words}[/]", highlight=False)
-    ids = ids.to(host.model.device)
+    behind = processor.around(f"{VIDEO_PLACEHOLDER}\n{question}{cue}")[1]
+    ids = torch.tensor([behind], device=host.model.device)
     tokens = host.generate(input_ids=ids, memory=memory, max_new_tokens=count, do_sample=False)
     answer = processor.decode(tokens[0, ids.shape[1] :])
     console.print(f"{question.strip()}\n  -> {answer}", highlight=False, markup=False)

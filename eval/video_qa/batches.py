@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from namm_transfer.eval.video_qa.questions import Question
+from namm_transfer.eval.video_qa.host import VideoQAProcessor, token_id
+from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER, Question
 
 IGNORED = -100
 CELLS = 4
@@ -70,33 +70,38 @@ class Material(Protocol[C]):
 class PackedQuestions:
     """N questions of each of B clips, padded on the right to L tokens.
 
-    `tokens`, `labels`: int64 [B, N, L], labels only where the answer and its end are predicted; `content`: int64
-    [B, N, L], at the question mark and at the cue, the first word of the answer that tells it from the other options;
-    elsewhere both are IGNORED.
+    `before`: tokens ahead of the video. `tokens`, `labels`: int64 [B, N, L], labels only where the answer and its end
+    are predicted; `content`: int64 [B, N, L], at the question mark and at the cue, the first token of the answer that
+    tells it from the other options; elsewhere both are IGNORED.
     """
 
+    before: list[int]
     tokens: torch.Tensor
     labels: torch.Tensor
     content: torch.Tensor
 
 
 def pack_questions(
-    tokenizer: PreTrainedTokenizerFast, questions: list[list[Question]], *, options: bool = True
+    processor: VideoQAProcessor, questions: list[list[Question]], *, options: bool = True
 ) -> PackedQuestions:
     """Tokens of the questions; every clip must ask the same number.
 
     With `options` the answer follows the whole prompt; without, only the bare question is asked, and `content`
     is all there is to predict.
     """
-    mark = tokenizer.convert_tokens_to_ids("?")
+    tokenizer = processor.tokenizer
+    mark = token_id(tokenizer, "?")
     flat = [question for row in questions for question in row]
-    prompts = tokenizer([q.suffix() if options else q.text for q in flat], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([q.truth for q in flat], add_special_tokens=False)["input_ids"]
-    shape = (len(flat), max(len(p) + options * len(a) for p, a in zip(prompts, answers, strict=True)))
+    asked = [q.prompt() if options else f"{VIDEO_PLACEHOLDER}\n{q.text}" for q in flat]
+    prompts = [processor.around(prompt)[1] for prompt in asked]
+    answers = [tokenizer(list(q.options), add_special_tokens=False)["input_ids"] for q in flat]
+    longest = max(len(p) + options * max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
+    shape = (len(flat), longest)
     tokens = np.full(shape, tokenizer.pad_token_id)
     labels, content = np.full(shape, IGNORED), np.full(shape, IGNORED)
-    for row, (question, prompt, words) in enumerate(zip(flat, prompts, answers, strict=True)):
-        end, told = len(prompt), words[_telling(question)]
+    for row, (question, prompt, written) in enumerate(zip(flat, prompts, answers, strict=True)):
+        words = written[question.answer]
+        end, told = len(prompt), words[_telling(written)]
         tokens[row, :end] = prompt
         if " these " not in question.text:  # known as soon as the question ends, before the options
             content[row, prompt.index(mark)] = told
@@ -105,10 +110,10 @@ def pack_questions(
             tokens[row, end : end + len(words)] = words
             labels[row, end - 1 : end + len(words)] = [*words, tokenizer.eos_token_id]
     split = (len(questions), -1, shape[1])
-    return PackedQuestions(*(torch.from_numpy(array.reshape(split)) for array in (tokens, labels, content)))
+    before = processor.around(VIDEO_PLACEHOLDER)[0]
+    return PackedQuestions(before, *(torch.from_numpy(array.reshape(split)) for array in (tokens, labels, content)))
 
 
-def _telling(question: Question) -> int:
-    """Which word of the answer is the first that not all options have at this place."""
-    words = [option.split() for option in question.options]
-    return next(place for place, found in enumerate(zip(*words, strict=False)) if len(set(found)) > 1)
+def _telling(options: Sequence[Sequence[int]]) -> int:
+    """Which token of the answer is the first that not all options have at this place."""
+    return next(place for place, found in enumerate(zip(*options, strict=False)) if len(set(found)) > 1)

@@ -169,7 +169,7 @@ def load_video_llm(pretrained: str, dtype: str = "auto") -> tuple[PreTrainedMode
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     folder = {"packaged": packaged_host.PACKAGED, **packaged_host.PACKAGED_HOSTS}.get(pretrained, Path(pretrained))
-    if (folder / "tokenizer.json").is_file() and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+    if packaged_host.is_host(folder) and not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         model, processor = packaged_host.load_host(folder)
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), PackagedReader(processor)
     try:

@@ -17,7 +17,6 @@ from namm_transfer.eval.video_qa.clips import FPS, HELD_OUT_SEEDS, make_clip, re
 from namm_transfer.eval.video_qa.host import VideoQAProcessor
 from namm_transfer.eval.video_qa.questions import Question, parse_answer, sample_questions
 
-ANSWER_TOKENS = 3
 C = TypeVar("C", bound=Cache)
 
 
@@ -73,7 +72,7 @@ def ask(
             input_ids=prompt["input_ids"],
             attention_mask=prompt["attention_mask"],
             past_key_values=memory,
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=processor.answer_tokens,
             do_sample=False,
         )
         yield processor.decode(tokens[0, prompt["input_ids"].shape[1] :]), memory

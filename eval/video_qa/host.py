@@ -1,7 +1,9 @@
-"""The packaged video LLMs: each a small LLaVA-NeXT-Video with its tokenizer and processing, all local.
+"""The packaged video LLMs: each a LLaVA-NeXT-Video with its tokenizer and processing.
 
 Shape letters: T frames, S side of a frame in pixels, L tokens of a prompt.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +21,18 @@ from transformers import (
     LlamaConfig,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.checkpoint import load_weights
+from namm_transfer.eval.video_qa.backbone import ADAPTERS, load_adapted, put_decoder
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
+from namm_transfer.evolution.hosts import LanguageHost
 
 _HOSTS = Path(__file__).resolve().parent.parent / "assets" / "hosts"
 PACKAGED = _HOSTS / "video_llm"
@@ -35,6 +41,8 @@ PACKAGED_HOSTS: dict[str, Path] = {"llava_next_video": PACKAGED, "llava_next_vid
 PATCH = 8
 POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
+ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 8
+"""Of an answer at most: a word is one token of the packaged hosts' own tokenizer, a few of a language model's."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
 WORDS: tuple[str, ...] = ("colour", "shape", *QUESTION_WORDS, *COLOURS, *SHAPES, *DIRECTIONS)
@@ -61,7 +69,7 @@ def build_tokenizer(known: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    seed: int, tokenizer: PreTrainedTokenizerFast | None = None, stretch: float = 1.0
+    seed: int, tokenizer: PreTrainedTokenizerBase | None = None, stretch: float = 1.0
 ) -> LlavaNextVideoForConditionalGeneration:
     """An untrained host, its weights drawn from `seed` without touching the global generator.
 
@@ -71,6 +79,41 @@ def build_model(
     """
     tokenizer = tokenizer or build_tokenizer()
     rope = {"rope_type": "default"} if stretch == 1 else {"rope_type": "linear", "factor": float(stretch)}
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=round(4096 * stretch),
+        rope_parameters={"rope_theta": 10000.0, **rope},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _untrained(text, VideoQAProcessor(tokenizer))
+        # Tied embeddings are read-out weights too: at the usual 0.02 their logits start out too flat.
+        embeddings = word_embeddings(model).weight
+        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)
+    return model
+
+
+def build_on(language: LanguageHost, seed: int) -> LlavaNextVideoForConditionalGeneration:
+    """A host whose decoder is a language model, frozen; vision tower and projector are drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _untrained(language.model.config, chat_processor(language.tokenizer))
+    put_decoder(model, language)
+    return model
+
+
+def _untrained(text: PretrainedConfig, processor: VideoQAProcessor) -> LlavaNextVideoForConditionalGeneration:
+    tokenizer = processor.tokenizer
     config = LlavaNextVideoConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=96,
@@ -81,39 +124,25 @@ def build_model(
             patch_size=PATCH,
             projection_dim=96,
         ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=48,
-            max_position_embeddings=round(4096 * stretch),
-            rope_parameters={"rope_theta": 10000.0, **rope},
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-        ),
+        text_config=text,
         tie_word_embeddings=True,
-        video_token_index=SPECIAL_TOKENS.index(VIDEO_PLACEHOLDER),
-        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        video_token_index=token_id(tokenizer, processor.video_token),
+        image_token_index=token_id(tokenizer, processor.image_token),
         vision_feature_layer=-1,
         spatial_pool_stride=POOL,
         image_seq_length=(SIDE // PATCH) ** 2,
         video_seq_length=TOKENS_PER_FRAME,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaNextVideoForConditionalGeneration(config)
-        # Tied embeddings are read-out weights too: at the usual 0.02 their logits start out too flat.
-        embeddings = word_embeddings(model).weight
-        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)
+    model = LlavaNextVideoForConditionalGeneration(config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 def word_embeddings(model: LlavaNextVideoForConditionalGeneration) -> nn.Embedding:
@@ -123,9 +152,38 @@ def word_embeddings(model: LlavaNextVideoForConditionalGeneration) -> nn.Embeddi
 
 @dataclass(frozen=True)
 class VideoQAProcessor:
-    """Turns decoded frames and a prompt into the model's inputs, and generated tokens into text."""
+    """Turns decoded frames and a prompt into the model's inputs, and generated tokens into text.
 
-    tokenizer: PreTrainedTokenizerFast
+    A prompt is what a user says where the tokenizer has a chat template, else all there is.
+
+    Attributes:
+        video_token: what stands for a visual token; never read, since its embedding is replaced.
+        image_token: what would stand for one of an image.
+        answer_tokens: how many tokens the answer to a question has at most.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    video_token: str = VIDEO_PLACEHOLDER
+    image_token: str = "<image>"
+    answer_tokens: int = ANSWER_TOKENS
+
+    def around(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Tokens before and behind the one `<video>` of a prompt.
+
+        Raises:
+            DataError: a prompt without exactly one `<video>`.
+        """
+        if prompt.count(VIDEO_PLACEHOLDER) != 1:
+            raise DataError(f"expected exactly one {VIDEO_PLACEHOLDER} in the prompt, got: {prompt!r}")
+        chat = bool(self.tokenizer.chat_template)
+        if chat:
+            said = [{"role": "user", "content": prompt}]
+            prompt = cast(str, self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+        before, behind = prompt.split(VIDEO_PLACEHOLDER)
+        return (
+            self.tokenizer(before, add_special_tokens=not chat)["input_ids"],
+            self.tokenizer(behind, add_special_tokens=False)["input_ids"],
+        )
 
     def __call__(self, frames: np.ndarray, prompt: str) -> BatchEncoding:
         """Model inputs for one video and one prompt.
@@ -140,17 +198,33 @@ class VideoQAProcessor:
         Raises:
             DataError: frames of another shape or type, or a prompt without exactly one `<video>`.
         """
-        if prompt.count(VIDEO_PLACEHOLDER) != 1:
-            raise DataError(f"expected exactly one {VIDEO_PLACEHOLDER} in the prompt, got: {prompt!r}")
+        before, behind = self.around(prompt)
         pixels = pixel_values(frames)[None]
-        expanded = prompt.replace(VIDEO_PLACEHOLDER, VIDEO_PLACEHOLDER * (TOKENS_PER_FRAME * len(frames)))
-        encoded = self.tokenizer(expanded, return_tensors="pt", return_token_type_ids=False)
-        encoded["pixel_values_videos"] = pixels
-        return encoded
+        visual = [token_id(self.tokenizer, self.video_token)] * (TOKENS_PER_FRAME * len(frames))
+        ids = torch.tensor([[*before, *visual, *behind]])
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels})
 
     def decode(self, tokens: torch.Tensor) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def chat_processor(tokenizer: PreTrainedTokenizerBase) -> VideoQAProcessor:
+    """The processor of a host on a language model, two of whose spare tokens stand for what is seen.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template, or not two special tokens to spare.
+    """
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: expected one of a chat")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    spare = [token for token in special if token not in used and token not in str(tokenizer.chat_template)]
+    if len(spare) < 2:
+        raise CheckpointError(
+            f"the tokenizer of {tokenizer.name_or_path} has {len(spare)} special tokens to spare ({spare}); expected 2"
+        )
+    return VideoQAProcessor(tokenizer, video_token=spare[-1], image_token=spare[-2], answer_tokens=CHAT_ANSWER_TOKENS)
 
 
 def pixel_values(frames: np.ndarray) -> torch.Tensor:
@@ -166,7 +240,7 @@ def pixel_values(frames: np.ndarray) -> torch.Tensor:
 
 
 def save_host(
-    model: LlavaNextVideoForConditionalGeneration, path: Path, tokenizer: PreTrainedTokenizerFast | None = None
+    model: LlavaNextVideoForConditionalGeneration, path: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write float16 weights, configuration and the tokenizer it was built for; the model itself stays float32."""
     path.mkdir(parents=True, exist_ok=True)
@@ -177,12 +251,21 @@ def save_host(
     (tokenizer or build_tokenizer()).save_pretrained(path)
 
 
+def is_host(folder: Path) -> bool:
+    """Whether a folder looks like one that `load_host` reads."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", ADAPTERS))
+
+
 def load_host(path: Path = PACKAGED) -> tuple[LlavaNextVideoForConditionalGeneration, VideoQAProcessor]:
-    """The host in float32 evaluation mode, and its processor.
+    """The host in evaluation mode, and its processor; in float32, or in the type of the language model that it is on.
 
     Raises:
         CheckpointError: the folder lacks the weights, the configuration or the tokenizer, or they cannot be read.
+        DataError: it is on a language model, which cannot be fetched.
     """
+    if (path / ADAPTERS).is_file():
+        adapted, known = load_adapted(path)
+        return adapted, chat_processor(known)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"no {name} in {path}: expected a folder written by `train video_llm`")

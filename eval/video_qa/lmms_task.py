@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from namm_transfer.eval.video_qa.evaluate import ANSWER_TOKENS, QAClip
+from namm_transfer.eval.video_qa.evaluate import QAClip
+from namm_transfer.eval.video_qa.host import ANSWER_TOKENS
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 from namm_transfer.eval.video_qa.questions import LETTERS, Question, parse_answer
 

@@ -1,7 +1,6 @@
 """What training adds to the host: packed attention, symbolic frames, and dense supervision of the frames.
 
-Shape letters: B clips, T frames, P prefix tokens (<bos> and visual), N questions of L tokens per clip, D hidden
-size of the text decoder.
+Shape letters: B clips, T frames, M visual tokens, N questions of L tokens per clip, D hidden size of the text decoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,13 +8,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerBase
 
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, PackedQuestions
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, word_embeddings
 
-FRAME_LAYER = 3
-CONTENT_LAYER = 4
+FRAME_LAYER, CONTENT_LAYER = 1 / 2, 2 / 3
+"""After which part of the layers it is asked what is true at a frame, and for the answer."""
 ATTENTION = "packed_questions"
 
 
@@ -67,7 +66,7 @@ class SymbolicFrames(nn.Module):
     def __init__(
         self,
         words: nn.Embedding,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         looks: Mapping[str, Sequence[str]],
         generator: torch.Generator,
     ) -> None:
@@ -77,7 +76,11 @@ class SymbolicFrames(nn.Module):
         self.columns = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
         self.rows = nn.Parameter(torch.randn(CELLS, hidden, generator=generator) * hidden**-0.5)
         self.nowhere = nn.Parameter(torch.randn(1, hidden, generator=generator) * hidden**-0.5)
-        self._known = {key: torch.tensor(tokenizer.convert_tokens_to_ids(list(names))) for key, names in looks.items()}
+        # As inside a sentence: where a word is several tokens, it looks like their mean.
+        self._known = {
+            key: [torch.tensor(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) for name in names]
+            for key, names in looks.items()
+        }
         self._words = [words]  # In a list: the embedding belongs to the model, not to this module.
 
     def forward(self, truth: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -87,7 +90,8 @@ class SymbolicFrames(nn.Module):
         cells = torch.cat([(self.rows[:, None] + self.columns[None]).flatten(0, 1), self.nowhere])
         seen = cells[truth["cell"]]
         for (key, known), nothing in zip(self._known.items(), self.nothing, strict=True):
-            seen = seen + torch.cat([words[known], nothing[None]])[truth[key]]
+            told = torch.stack([*(words[ids].mean(0) for ids in known), nothing])
+            seen = seen + told[truth[key]]
         return seen
 
 
@@ -117,25 +121,26 @@ def decode_packed(
     places: torch.Tensor | None = None,
     frames: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the text decoder over visual tokens [B, P - 1, D] and packed questions.
+    """Run the text decoder over visual tokens [B, M, D] and packed questions.
 
-    `places` int64 [B, P - 1] puts symbolic frames where their visual tokens would stand, of `frames` frames.
+    `places` int64 [B, M] puts symbolic frames where their visual tokens would stand, of `frames` frames.
 
     Returns:
-        logits [B, N, L, vocabulary] of the question tokens, the states [B, P - 1, D] of the visual tokens after
-        `FRAME_LAYER` layers, and the states [B, N, L, D] of the question tokens after `CONTENT_LAYER` layers.
+        states [B, N, L, D] of the question tokens that `lm_head` reads, the states [B, M, D] of the visual tokens
+        after `FRAME_LAYER` of the layers, and the states [B, N, L, D] of the question tokens after `CONTENT_LAYER`.
     """
     batch, count, length = packed.tokens.shape
-    prefix = visual.shape[1] + 1
+    first = len(packed.before)
+    prefix = first + visual.shape[1]
     embed = word_embeddings(model)
-    start = embed(torch.full((batch, 1), model.config.get_text_config().bos_token_id))
+    start = embed(torch.tensor(packed.before)).expand(batch, -1, -1)
     inputs = torch.cat([start, visual.to(start.dtype), embed(packed.tokens.flatten(1))], dim=1)
     if places is None:
-        places, behind = torch.arange(prefix - 1).expand(batch, -1), prefix
+        places, behind = torch.arange(visual.shape[1]).expand(batch, -1), prefix
     else:
-        behind = 1 + TOKENS_PER_FRAME * frames
+        behind = first + TOKENS_PER_FRAME * frames
     asked = (behind + torch.arange(length).repeat(count)).expand(batch, -1)
-    positions = torch.cat([torch.zeros(batch, 1, dtype=torch.long), 1 + places, asked], dim=1)
+    positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, asked], dim=1)
     output = model.model.language_model(
         inputs_embeds=inputs,
         # A mask of four dimensions is handed on as it is: `packed_attention` needs none.
@@ -146,9 +151,12 @@ def decode_packed(
         questions=count,
         question_length=length,
     )
-    logits = model.lm_head(output.last_hidden_state[:, prefix:]).unflatten(1, (count, length))
-    thinking = output.hidden_states[CONTENT_LAYER][:, prefix:].unflatten(1, (count, length))
-    return logits, output.hidden_states[FRAME_LAYER][:, 1:prefix], thinking
+    depth = model.config.get_text_config().num_hidden_layers
+    thinking, watching = (output.hidden_states[round(part * depth)] for part in (CONTENT_LAYER, FRAME_LAYER))
+    last, thinking = (
+        states[:, prefix:].unflatten(1, (count, length)) for states in (output.last_hidden_state, thinking)
+    )
+    return last, watching[:, first:prefix], thinking
 
 
 def visual_features(

@@ -26,13 +26,17 @@ from transformers import LlavaNextVideoForConditionalGeneration
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.video import through_mp4
+from namm_transfer.eval.video_qa.backbone import ADAPTERS, add_adapters, own_parameters, read_adapted, save_adapted
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
 from namm_transfer.eval.video_qa.clips import FPS, FRAMES
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
     PACKAGED_HOSTS,
+    VideoQAProcessor,
     build_model,
+    build_on,
     build_tokenizer,
+    chat_processor,
     load_host,
     pixel_values,
     save_host,
@@ -50,6 +54,7 @@ from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
 from namm_transfer.eval.video_qa.suite.material import Suite
 from namm_transfer.eval.video_training import LossAt, Stage, Trainer, check_stages, is_finished
+from namm_transfer.evolution.hosts import load_host as load_language
 
 FRAME_WEIGHT = 2.0
 _SHAPES = (
@@ -95,6 +100,9 @@ class TrainConfig:
             drawn from the seed.
         stretch: what positions are divided by (linear position interpolation, https://arxiv.org/abs/2306.15595): a
             host that reads 64 frames begins to read 256 where they are divided by 4.
+        language: language model whose decoder it gets, frozen but for low-rank adapters: `smollm2-135m-instruct`, which
+            is fetched, a folder, or a Hub id; null: a small decoder of its own. Of `start` it takes what sees only.
+        rank: of the adapters.
     """
 
     seed: int = 0
@@ -105,11 +113,13 @@ class TrainConfig:
     threads: int = 1
     start: str | None = None
     stretch: float = 1.0
+    language: str | None = None
+    rank: int = 16
 
     def __post_init__(self) -> None:
         if self.material not in MATERIALS:
             raise ConfigError(f"material is {self.material!r}; expected one of {', '.join(MATERIALS)}")
-        check_at_least_one(self, "questions_per_clip", "held_out_clips", "threads")
+        check_at_least_one(self, "questions_per_clip", "held_out_clips", "threads", "rank")
         check_stages(self.stages or (), FIGURES)
         shown = MATERIALS[self.material][0].shown
         for number, stage in enumerate(self.stages or ()):
@@ -118,6 +128,8 @@ class TrainConfig:
                 raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected one of {listed}")
         if not 1 <= self.stretch < math.inf:
             raise ConfigError(f"stretch is {self.stretch}; expected a number of at least 1")
+        if self.language is not None and self.stretch != 1:
+            raise ConfigError(f"stretch is {self.stretch}; positions of a language model stay as they are: expected 1")
 
 
 def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNextVideoForConditionalGeneration:
@@ -137,24 +149,19 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     if resume and is_finished(out_dir, asdict(config)):
         return load_host(out_dir)[0]
     lessons = _Lessons(config, material)
-    settings: dict[str, Any] = {
-        key: getattr(config, key) for key in ("seed", "material", "questions_per_clip", "stretch")
-    }
+    asked = ("seed", "material", "questions_per_clip", "start", "stretch", "language", "rank")
+    settings: dict[str, Any] = {key: getattr(config, key) for key in asked}
     before = {}
     if config.start is not None:
         start = PACKAGED_HOSTS.get(config.start, Path(config.start))
-        host, processor = load_host(start)
-        if processor.tokenizer.get_vocab() != lessons.tokenizer.get_vocab():
-            raise CheckpointError(f"{config.start} knows other words than the questions of {config.material!r}")
-        lessons.model.load_state_dict(host.state_dict())
+        lessons.begin_with(start)
         record = start / "training.json"
         before = {"before": json.loads(record.read_text())} if record.is_file() else {}
-        settings["start"] = config.start
     trainer = Trainer(lessons.modules, out_dir / "checkpoint.pt", settings, resume=resume)
     for number, stage in enumerate(stages):
         parameters, loss_at = lessons.stage(number, stage)
         trainer.run(number, stage, parameters, loss_at)
-    save_host(lessons.model, out_dir, lessons.tokenizer)
+    lessons.save(out_dir)
     told = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(config),
@@ -177,26 +184,57 @@ class _Lessons:
     def __init__(self, config: TrainConfig, material: Material[Any]) -> None:
         self.config = config
         self.material = material
-        self.tokenizer = build_tokenizer(material.words)
-        self.model = build_model(config.seed, self.tokenizer, config.stretch)
+        self.adapted = None
+        if config.language is None:
+            self.processor = VideoQAProcessor(build_tokenizer(material.words))
+            self.model = build_model(config.seed, self.processor.tokenizer, config.stretch)
+            parts: dict[str, nn.Module] = {"model": self.model}
+            self.decoder: nn.Module = self.model.model.language_model
+        else:
+            language = load_language(config.language)
+            self.processor = chat_processor(language.tokenizer)
+            self.model = build_on(language, config.seed)
+            self.adapted = add_adapters(self.model, config.language, config.rank, config.seed)
+            self.decoder = own_parameters(self.adapted)
+            eyes = self.model.model
+            parts = {"tower": eyes.vision_tower, "projector": eyes.multi_modal_projector, "adapters": self.decoder}
         use_packed_attention(self.model)
         generator = torch.Generator().manual_seed(config.seed)
         hidden = self.model.config.get_text_config().hidden_size
-        self.symbols = SymbolicFrames(word_embeddings(self.model), self.tokenizer, material.looks, generator)
+        self.symbols = SymbolicFrames(word_embeddings(self.model), self.processor.tokenizer, material.looks, generator)
         self.decoder_heads = FrameHeads(hidden, material.classes, generator)
         seen = {key: len(words) + 1 for key, words in material.looks.items()}
         self.tower_heads = FrameHeads(hidden, seen, generator)
         self.modules = {
-            "model": self.model,
+            **parts,
             "symbols": self.symbols,
             "decoder_heads": self.decoder_heads,
             "tower_heads": self.tower_heads,
         }
 
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of a trained host; of one with another decoder, what sees."""
+        if self.adapted is not None and (folder / ADAPTERS).is_file():
+            read_adapted(self.model, self.adapted, folder)
+            return
+        host, processor = load_host(folder)
+        if self.adapted is not None:
+            self.model.model.vision_tower.load_state_dict(host.model.vision_tower.state_dict())
+        elif processor.tokenizer.get_vocab() == self.processor.tokenizer.get_vocab():
+            self.model.load_state_dict(host.state_dict())
+        else:
+            raise CheckpointError(f"{folder} knows other words than the questions of {self.config.material!r}")
+
+    def save(self, folder: Path) -> None:
+        if self.adapted is None:
+            save_host(self.model, folder, self.processor.tokenizer)
+        else:
+            save_adapted(self.model, self.adapted, folder)
+
     def stage(self, number: int, stage: Stage) -> tuple[list[nn.Parameter], LossAt]:
         """Parameters that a stage trains, and its loss at a step."""
         parts = self.model.model
-        decoder = [parts.language_model, self.decoder_heads]
+        decoder = [self.decoder, self.decoder_heads]
         trained, loss = {
             "questions": ([*decoder, self.symbols], self._symbolic),
             "options": ([*decoder, self.symbols], self._symbolic),
@@ -237,9 +275,9 @@ class _Lessons:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of answering: `visual` are the tokens of so many `frames` that are told, or else all that are seen."""
         questions = [self.material.questions(rng, clip, self.config.questions_per_clip) for clip in clips]
-        packed = pack_questions(self.tokenizer, questions, options=options)
+        packed = pack_questions(self.processor, questions, options=options)
         places = truth["place"]
-        logits, states, thinking = decode_packed(self.model, visual, packed, places if frames else None, frames)
+        last, states, thinking = decode_packed(self.model, visual, packed, places if frames else None, frames)
         # What is true at a frame is asked where the shape is: in pixels as in symbols.
         if not frames:
             states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
@@ -248,9 +286,11 @@ class _Lessons:
         loss = FRAME_WEIGHT * frame_loss + word_loss
         figures = {"frame": frame_loss.item(), "word": right.float().mean().item()}
         if options:
-            labels = packed.labels
-            loss = loss + cross_entropy(logits.float().flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
-            wrong = (logits.argmax(-1) != labels) & (labels != IGNORED)
+            asked = packed.labels != IGNORED
+            logits, labels = self.model.lm_head(last[asked]).float(), packed.labels[asked]
+            loss = loss + cross_entropy(logits, labels)
+            wrong = torch.zeros_like(asked)
+            wrong[asked] = logits.argmax(-1) != labels
             figures["answer"] = 1.0 - wrong.any(-1).float().mean().item()
         return loss, figures
 

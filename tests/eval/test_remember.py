@@ -15,8 +15,8 @@ from namm_transfer.cli import app
 from namm_transfer.eval import remember as module
 from namm_transfer.eval.video import decode, fit, write_mp4
 from namm_transfer.eval.video_qa.clips import make_clip, render
-from namm_transfer.eval.video_qa.evaluate import ANSWER_TOKENS, ask
-from namm_transfer.eval.video_qa.host import load_host
+from namm_transfer.eval.video_qa.evaluate import ask
+from namm_transfer.eval.video_qa.host import ANSWER_TOKENS, load_host
 from namm_transfer.eval.video_qa.hour import HourConfig, difference, draw
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 

@@ -66,21 +66,22 @@ def test_processor_refuses_a_prompt_without_video(processor: VideoQAProcessor) -
 def test_packed_training_batch_equals_single_prompts(processor: VideoQAProcessor) -> None:
     model = build_model(0).eval()
     frames, questions = render(make_clip(7), np.arange(0, 64, 16)), questions_of(7, 1)
-    packed = pack_questions(processor.tokenizer, [list(questions)])
+    packed = pack_questions(processor, [list(questions)])
     with torch.no_grad():
         alone = []
         for question in questions:
             inputs = processor(frames, f"{question.prompt()} {question.truth}")
             alone.append(model(**inputs).logits[0, 1 + len(frames) * TOKENS_PER_FRAME :])
         use_packed_attention(model)
-        together, _, _ = decode_packed(model, visual_features(model, pixel_values(frames)[None]), packed)
+        last, _, _ = decode_packed(model, visual_features(model, pixel_values(frames)[None]), packed)
+        together = model.lm_head(last)
     for number, expected in enumerate(alone):
         torch.testing.assert_close(together[0, number, : len(expected)], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_ask_for_the_answer_and_its_end(processor: VideoQAProcessor) -> None:
     tokenizer, questions = processor.tokenizer, questions_of(3, 2)
-    packed = pack_questions(tokenizer, [list(questions)])
+    packed = pack_questions(processor, [list(questions)])
     for row, question in enumerate(questions):
         labels = [label for label in packed.labels[0, row].tolist() if label != IGNORED]
         assert tokenizer.convert_ids_to_tokens(labels) == [*question.truth.split(), "<eos>"]

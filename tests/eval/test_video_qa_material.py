@@ -10,7 +10,7 @@ import torch
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
 from namm_transfer.eval.video_qa.drawing import COLOURS
-from namm_transfer.eval.video_qa.host import PACKAGED, build_tokenizer, load_host
+from namm_transfer.eval.video_qa.host import PACKAGED, VideoQAProcessor, build_tokenizer, load_host
 from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.clips import BAR, PALETTE, TRAIN_SEEDS
 from namm_transfer.eval.video_qa.suite.material import Suite
@@ -21,7 +21,8 @@ from namm_transfer.eval.video_training import Stage
 
 @pytest.mark.parametrize("material", [Shapes(), Suite()], ids=["shapes", "suite"])
 def test_every_word_is_known_and_every_answer_is_asked_for(material) -> None:
-    tokenizer, families = build_tokenizer(material.words), set()
+    processor, families = VideoQAProcessor(build_tokenizer(material.words)), set()
+    tokenizer = processor.tokenizer
     for seed in range(40):
         rng = np.random.default_rng(seed)
         (clip,) = material.clips(rng, 1, material.shown[seed % len(material.shown)])
@@ -32,7 +33,7 @@ def test_every_word_is_known_and_every_answer_is_asked_for(material) -> None:
         for question in questions:
             words = f"{question.prompt()} {question.truth}"
             assert tokenizer.unk_token_id not in tokenizer(words)["input_ids"], words
-        packed = pack_questions(tokenizer, [questions])
+        packed = pack_questions(processor, [questions])
         for row, question in enumerate(questions):
             told = [token for token in packed.content[0, row].tolist() if token != IGNORED]
             (word,) = set(tokenizer.convert_ids_to_tokens(told))

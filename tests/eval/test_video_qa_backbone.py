@@ -1,0 +1,165 @@
+"""A video LLM on a language model: what learns, what is saved, and that its answers are the language model's."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.video_qa.backbone import add_adapters
+from namm_transfer.eval.video_qa.chat import PackagedReader, load_video_llm
+from namm_transfer.eval.video_qa.clips import make_clip, render
+from namm_transfer.eval.video_qa.evaluate import questions_of
+from namm_transfer.eval.video_qa.host import PACKAGED, build_on, chat_processor, load_host
+from namm_transfer.eval.video_qa.train import TrainConfig, train
+from namm_transfer.eval.video_tasks import ShapesQA
+from namm_transfer.eval.video_training import Stage
+from namm_transfer.evolution.hosts import load_host as load_language
+from namm_transfer.policies import Streaming
+
+SPARE = ["<begin>", "<end>", "<one>", "<two>"]
+CHAT = (
+    "{% for m in messages %}<begin>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<begin>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory, make_tokenizer):
+    """The folder of a tiny random language model that chats in bytes."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = make_tokenizer(bos_token="<begin>", eos_token="<end>", pad_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPARE[2:]})
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, language):
+    folder = tmp_path_factory.mktemp("host")
+    stages = (
+        Stage("options", steps=3, batch=1, learning_rate=1e-2, frames=16),
+        Stage("frames", steps=1, batch=2, learning_rate=1e-3),
+        Stage("video", steps=1, batch=1, learning_rate=1e-3, frames=4),
+    )
+    config = TrainConfig(
+        stages=stages, questions_per_clip=2, held_out_clips=1, language=str(language), rank=4, start=str(PACKAGED)
+    )
+    return config, train(config, folder), folder
+
+
+def test_untouched_adapters_and_text_alone_are_the_language_model(language):
+    host = load_language(str(language))
+    model = build_on(host, seed=0)
+    add_adapters(model, str(language), rank=4, seed=0)
+    ids = torch.randint(0, 200, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, host.model(ids).logits)
+
+
+def test_only_adapters_learn_and_they_are_merged_where_a_host_is_loaded(trained, language):
+    config, model, folder = trained
+    base = load_language(str(language)).model
+    sizes = {path.name for path in folder.iterdir()}
+    assert sizes == {
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "training.json",
+        "vision.safetensors",
+    }  # fmt: skip
+    embeddings = model.get_input_embeddings().weight
+    assert torch.equal(embeddings, base.get_input_embeddings().weight) and embeddings is model.lm_head.weight
+    state = load_file(folder / "adapter_model.safetensors")
+    for name, weight in base.model.state_dict().items():
+        found = model.model.language_model.state_dict()[name]
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in state:
+            assert torch.equal(found, weight)
+            continue
+        down, up = (state[f"{key}.lora_{part}.weight"].float() for part in "AB")
+        assert down.shape[0] == 4 and up.abs().max() > 0
+        merged = (weight.float() + 2 * up @ down).to(weight.dtype)  # alpha is twice the rank
+        torch.testing.assert_close(found.float(), merged.float(), atol=1e-3, rtol=1e-2)
+    tower = load_host(PACKAGED)[0].model.vision_tower.state_dict()
+    moved = model.model.vision_tower.state_dict()
+    apart = max((tower[key] - moved[key].float()).abs().max() for key in tower)
+    assert 0 < apart < 0.02  # it began as the packaged one's
+    assert json.loads((folder / "training.json").read_text())["config"]["language"] == config.language
+
+
+def test_it_chats_answers_and_remembers_under_a_policy(trained):
+    _, model, folder = trained
+    loaded, processor = load_host(folder)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    before, behind = processor.around("<video>\nWhat came first?")
+    read = processor.tokenizer.decode
+    assert read(before) == "<begin>user\n"
+    assert read(behind) == "\nWhat came first?<end>\n<begin>assistant\n"
+    frames = render(make_clip(0))[:4]
+    inputs = processor(frames, "<video> ?")
+    assert (inputs["input_ids"] == loaded.config.video_token_id).sum() == 4 * 16
+    assert read([loaded.config.video_token_id]) == "<two>"
+    settings = {"path": str(folder), "device": "cpu", "update_interval": 32}
+    task = ShapesQA("qa", settings, "packaged", 1, 2, frames=8)
+    replies = list(task.ask(frames, questions_of(0, 1), Streaming(budget=0.5)))
+    assert len(replies) == 4 and all(memory.stats().kept_fraction < 1 for _, memory in replies)
+    model, reader = load_video_llm(str(folder))
+    assert isinstance(reader, PackagedReader) and reader.processor.answer_tokens == 8
+
+
+def test_training_goes_on_from_its_adapters(trained, tmp_path):
+    config, model, folder = trained
+    stage = Stage("video", steps=1, batch=1, learning_rate=1e-7, frames=4)
+    again = TrainConfig(
+        stages=(stage,), questions_per_clip=2, held_out_clips=1, language=config.language, rank=4, start=str(folder)
+    )
+    found = train(again, tmp_path)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name].float(), weight.float(), atol=1e-3, rtol=1e-2)
+
+
+def test_what_does_not_fit_is_refused(trained, language, tmp_path):
+    _, _, folder = trained
+    with pytest.raises(ConfigError, match="stretch is 4; positions of a language model stay"):
+        TrainConfig(language=str(language), stretch=4)
+    with pytest.raises(ConfigError, match="rank is 0"):
+        TrainConfig(language=str(language), rank=0)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "vision.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"broken.*cannot be read"):
+        load_host(broken)
+    shutil.copy(folder / "vision.safetensors", broken)
+    state = load_file(broken / "adapter_model.safetensors")
+    dropped = sorted(state)[0]
+    save_file({key: value for key, value in state.items() if key != dropped}, broken / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=dropped.replace(".", r"\.")):
+        load_host(broken)
+    (broken / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no readable video LLM on a language model"):
+        load_host(broken)
+    host = load_language(str(language))
+    host.tokenizer.chat_template = None
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        chat_processor(host.tokenizer)
+    host.tokenizer.chat_template = "<one>"
+    with pytest.raises(CheckpointError, match=r"has 1 special tokens to spare \(\['<two>'\]\); expected 2"):
+        chat_processor(host.tokenizer)
