@@ -45,6 +45,7 @@ class HourConfig:
         policy: name of a policy that takes a budget.
         threads: of torch.
         kill_at: fraction of the frames after which the second run is killed.
+        save_every: seconds between two saves.
     """
 
     out: Path
@@ -55,6 +56,7 @@ class HourConfig:
     policy: str = "namm"
     threads: int = 2
     kill_at: float = 0.5
+    save_every: float = 2.0
 
     def __post_init__(self) -> None:
         if not (self.minutes > 0 and self.frames_per_second > 0 and self.sampled > 0 and 0 < self.kill_at < 1):
@@ -126,7 +128,7 @@ def run(config: HourConfig) -> dict[str, Any]:
     for stale in (whole, resumed):
         stale.unlink(missing_ok=True)
     settings = [str(video), f"fps={config.sampled}", f"policy={config.policy}", f"policy.budget={config.budget}"]
-    settings += ["save_every=2", f"executor.threads={config.threads}"]
+    settings += [f"save_every={config.save_every}", f"executor.threads={config.threads}"]
     first = watch([*settings, "--save", str(whole)], whole)
     if first.code or not whole.is_file():
         raise DataError(f"watching ended with exit code {first.code}, and {whole.name} was not saved")

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from namm_transfer import MemoryCache, adapt, policy
 from namm_transfer.cli import app
+from namm_transfer.errors import DataError
 from namm_transfer.eval import remember as module
 from namm_transfer.eval.video import decode, fit, write_mp4
+from namm_transfer.eval.video_qa import hour
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import ask
 from namm_transfer.eval.video_qa.host import ANSWER_TOKENS, load_host
@@ -163,3 +165,27 @@ def test_a_long_video_is_drawn_clip_after_clip(tmp_path):
     assert np.abs(video.frames[64:128].astype(float) - render(make_clip(20_001))).mean() < 6
     with pytest.raises(ValueError, match="kill_at"):
         HourConfig(tmp_path, kill_at=2.0)
+
+
+def test_a_video_that_is_killed_half_way_is_gone_on_with_and_told_of(tmp_path):
+    setting = HourConfig(
+        tmp_path / "hour", minutes=1, frames_per_second=10, sampled=10, budget=64, policy="h2o", threads=1,
+        kill_at=0.05, save_every=0.01,
+    )  # fmt: skip
+    told = hour.run(setting)
+    assert told == json.loads((tmp_path / "hour" / "hour.json").read_text())
+    assert told["watched_frames"] == told["video_frames"] == 600 and told["video_seconds"] == 60
+    assert 0.05 * 600 <= told["watched_at_kill"] < 600 and told["exit_codes"] == [0, -9, 0]
+    assert told["difference"] == 0.0
+    assert 50 < told["resident_mib_at_frames"]["peak"] < 4000
+
+
+def test_an_hour_that_cannot_be_watched_is_told(tmp_path, monkeypatch):
+    setting = HourConfig(tmp_path, minutes=0.02, frames_per_second=10, policy="h2o")
+    monkeypatch.setattr(hour, "COMMAND", ["false"])
+    with pytest.raises(DataError, match=r"exit code 1, and whole.safetensors was not saved"):
+        hour.run(setting)
+    monkeypatch.setattr(hour, "watch", lambda arguments, memory, kill_at=None: memory.touch() or hour.Watched(1, [], 0))
+    monkeypatch.setattr(hour, "_frames", lambda path: 12)
+    with pytest.raises(DataError, match=r"expected a kill after the first save, exit code -9; got 0"):
+        hour.run(setting)

@@ -50,6 +50,15 @@ def test_what_the_host_cannot_read_is_told(suite: SuiteQA) -> None:
         next(iter(long.evaluate(long.units(0), policy("full"), 0)))
 
 
+@pytest.mark.filterwarnings("error:.*the host was trained on")
+def test_a_host_that_was_trained_on_other_lengths_is_told() -> None:
+    suite = asked_of_the_packaged_host(1)
+    next(iter(suite.evaluate(suite.units(0)[:1], policy("full"), 0)))
+    longer = replace(suite, frames=256)
+    with pytest.warns(UserWarning, match="clips of 256 frames, but the host was trained on clips of 64: what it"):
+        next(iter(longer.evaluate(longer.units(0)[:1], policy("full"), 0)))
+
+
 def test_only_the_clips_that_are_asked_for_are_drawn(suite: SuiteQA) -> None:
     folder = suite.clip_path(1).parent
     assert [path.name for path in folder.iterdir()] == ["100001.mp4"]

@@ -61,6 +61,13 @@ class SuiteQA(ShapesQA):
                 f"{self.name}: {self.frames} frames are {tokens} tokens, but the host was made for {positions}",
                 stacklevel=2,
             )
+        taught = _taught(self._folder)
+        if taught and self.frames not in taught:
+            warnings.warn(
+                f"{self.name}: clips of {self.frames} frames, but the host was trained on clips of "
+                f"{', '.join(map(str, sorted(taught)))}: what it answers tells little",
+                stacklevel=2,
+            )
         yield from super().evaluate(units, policy, seed)
 
     def inputs(self) -> dict[str, str]:
@@ -96,6 +103,15 @@ class SuiteQA(ShapesQA):
     def _drawn(self) -> TemporaryDirectory[str]:
         """Goes with the task."""
         return TemporaryDirectory(prefix="namm-transfer-")
+
+
+def _taught(folder: Path) -> set[int]:
+    """Of how many frames the clips were that a host was trained on last, where its folder tells."""
+    try:
+        stages = json.loads((folder / "training.json").read_text())["config"]["stages"]
+        return {stage["frames"] for stage in stages if stage["frames"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _alike(tokenizer: Any, question: Question) -> bool:
