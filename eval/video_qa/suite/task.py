@@ -14,7 +14,7 @@ from typing import Any
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.provenance import digest
-from namm_transfer.eval.task import Outcome, Unit, check_settings
+from namm_transfer.eval.task import check_settings
 from namm_transfer.eval.video_qa.evaluate import QAClip
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME
 from namm_transfer.eval.video_qa.questions import Question
@@ -43,32 +43,31 @@ class SuiteQA(ShapesQA):
         clips = len(HELD_OUT) if self.videos == DRAWN else len(self._clips)
         check_settings(self, self._packaged, clips=clips, questions=PER_FAMILY * len(set(self.families)))
 
-    def evaluate(self, units: Sequence[Unit], policy: Any, seed: int) -> Iterator[Outcome]:
-        """Clip by clip; warns of questions that the host cannot read, which count all the same."""
-        model, processor = self._host
+    def _load(self) -> tuple[Any, Any]:
+        """Also warns of what the host cannot read, which counts all the same."""
+        model, processor = super()._load()
+        for trouble in self._troubles(model, processor):
+            warnings.warn(f"{self.name}: {trouble}", stacklevel=3)
+        return model, processor
+
+    def _troubles(self, model: Any, processor: Any) -> Iterator[str]:
         asked = [question for clip in self._clips.values() for question in clip.questions]
         alike = sum(_alike(processor.tokenizer, question) for question in asked)
         if alike:
-            warnings.warn(
-                f"{self.name}: of {len(asked)} questions {alike} have options that read alike to the host: it does not "
-                "know their words",
-                stacklevel=2,
+            yield (
+                f"of {len(asked)} questions {alike} have options that read alike to the host: it does not know their "
+                "words"
             )
         positions = model.config.get_text_config().max_position_embeddings
         tokens = self.frames * TOKENS_PER_FRAME
         if tokens > positions:
-            warnings.warn(
-                f"{self.name}: {self.frames} frames are {tokens} tokens, but the host was made for {positions}",
-                stacklevel=2,
-            )
+            yield f"{self.frames} frames are {tokens} tokens, but the host was made for {positions}"
         taught = _taught(self._folder)
         if taught and self.frames not in taught:
-            warnings.warn(
-                f"{self.name}: clips of {self.frames} frames, but the host was trained on clips of "
-                f"{', '.join(map(str, sorted(taught)))}: what it answers tells little",
-                stacklevel=2,
+            yield (
+                f"clips of {self.frames} frames, but the host was trained on clips of "
+                f"{', '.join(map(str, sorted(taught)))}: what it answers tells little"
             )
-        yield from super().evaluate(units, policy, seed)
 
     def inputs(self) -> dict[str, str]:
         """Digests of the host and of the clips: where they are drawn, of all that is true of them."""
