@@ -58,8 +58,11 @@ def remember(
     use_executor(config["executor"])
     if isinstance(every := config["save_every"], bool) or not isinstance(every, int | float) or every <= 0:
         raise ConfigError(f"save_every is {every!r}; expected a positive number of seconds")
-    if isinstance(count := config["max_new_tokens"], bool) or not isinstance(count, int) or count < 1:
+    count = config["max_new_tokens"]
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise ConfigError(f"max_new_tokens is {count!r}; expected an integer of at least 1")
+    if asked := [question for question in questions if VIDEO_PLACEHOLDER in question]:
+        raise ConfigError(f"a question is asked about the video, and has no {VIDEO_PLACEHOLDER}: got {asked[0]!r}")
     policy = build_policy(config["policy"])
     device, interval, save = config["model"]["device"], config["model"]["update_interval"], save or resume
     memory = _stored(resume, policy)
@@ -91,7 +94,10 @@ def remember(
             raise
         saver.write(memory)
         _report(memory, model.config.get_text_config().max_position_embeddings, console)
-        return [_answer(host, processor, memory, question, config["max_new_tokens"], console) for question in questions]
+        return [
+            _answer(host, processor, memory, question, count or processor.answer_tokens, console)
+            for question in questions
+        ]
 
 
 class _Saver:

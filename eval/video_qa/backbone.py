@@ -20,12 +20,42 @@ from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGener
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 
-__all__ = ["ADAPTERS", "add_adapters", "load_adapted", "own_parameters", "put_decoder", "read_adapted", "save_adapted"]
+__all__ = [
+    "ADAPTERS",
+    "add_adapters",
+    "end_with",
+    "load_adapted",
+    "load_language",
+    "low_rank",
+    "own_parameters",
+    "put_decoder",
+    "read_adapted",
+    "save_adapted",
+]
 
 ADAPTERS = "adapter_config.json"
 """The file, peft's own, that tells the folder of such a host from others."""
-EYES = "vision.safetensors"
+EYES, WEIGHTS = "vision.safetensors", "adapter_model.safetensors"
 _DECODER = "language_model."
+
+
+def load_language(name: str) -> LanguageHost:
+    """A language model that a video LLM can be put on.
+
+    Raises:
+        DataError: peft is missing, or the model cannot be fetched.
+        CheckpointError: it is of a kind that training does not know.
+    """
+    _peft()  # before anything is fetched
+    language = load_host(name)
+    config = language.model.config
+    if language.model.get_output_embeddings().weight is not language.model.get_input_embeddings().weight:
+        raise CheckpointError(f"{name} reads out with other weights than its embeddings; expected tied ones")
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise CheckpointError(f"{name} has layers {sorted(set(config.layer_types))}; expected full_attention only")
+    if getattr(config, "sliding_window", None) or getattr(config, "attn_logit_softcapping", None):
+        raise CheckpointError(f"{name} has a sliding window or capped scores; expected plain attention")
+    return language
 
 
 def put_decoder(model: LlavaNextVideoForConditionalGeneration, language: LanguageHost) -> None:
@@ -37,18 +67,30 @@ def put_decoder(model: LlavaNextVideoForConditionalGeneration, language: Languag
     model.tie_weights()
 
 
-def add_adapters(model: LlavaNextVideoForConditionalGeneration, base: str, rank: int, seed: int) -> Any:
-    """Adapters in every linear layer of the decoder; peft's model around it, whose own parameters are the adapters'.
+def end_with(model: LlavaNextVideoForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation begin, end and pad with the tokenizer's tokens, whatever the text configuration has."""
+    chosen = model.generation_config
+    chosen.bos_token_id, chosen.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    chosen.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def low_rank(base: str, rank: int) -> Any:
+    """Settings of adapters in every linear layer of the decoder.
 
     Args:
-        base: name of the language model, for the folder that is saved.
+        base: name or folder of the language model, for the folder that is saved.
     """
-    peft = _peft()
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    place = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return _peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", base_model_name_or_path=place)
+
+
+def add_adapters(model: LlavaNextVideoForConditionalGeneration, settings: Any, seed: int) -> Any:
+    """peft's model around the decoder, whose own parameters are the adapters'."""
+    base = settings.base_model_name_or_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model.model.language_model, config)
-    adapted.peft_config["default"].base_model_name_or_path = base
+        adapted = _peft().get_peft_model(model.model.language_model, settings)
+    settings.base_model_name_or_path = base  # peft writes over it
     return adapted
 
 
@@ -58,38 +100,60 @@ def own_parameters(adapted: Any) -> nn.ParameterList:
 
 
 def save_adapted(model: LlavaNextVideoForConditionalGeneration, adapted: Any, folder: Path) -> None:
-    """Write what is the host's own, and the configuration."""
+    """Write what is the host's own, and the configurations."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
     weights = model.model.state_dict()
     own = {key: value.half().contiguous() for key, value in weights.items() if not key.startswith(_DECODER)}
     save_file(own, folder / EYES)
     adapted.peft_config["default"].save_pretrained(folder)
-    state = {
-        key: value.half().contiguous()
-        for key, value in _peft().get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-    }
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    told = json.loads((folder / ADAPTERS).read_text())
+    told["target_modules"] = sorted(told["target_modules"])  # a set: in another order in every run
+    (folder / ADAPTERS).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+    state = {key: value.half().contiguous() for key, value in _state(adapted).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read_adapted(model: LlavaNextVideoForConditionalGeneration, adapted: Any, folder: Path) -> None:
     """Give a model, and peft's model around its decoder, the weights that `save_adapted` wrote.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or the weights do not fit.
+        CheckpointError: a file is missing or unreadable, or they are adapters of another language model, or of
+            another shape.
     """
+    settings, expected = settings_of(folder), adapted.peft_config["default"]
+    for name in ("base_model_name_or_path", "r", "lora_alpha"):
+        came, wanted = getattr(settings, name), getattr(expected, name)
+        if came != wanted:
+            raise CheckpointError(f"{folder / ADAPTERS}: {name} is {came!r}; expected {wanted!r}")
     try:
-        own, state = load_file(folder / EYES), load_file(folder / "adapter_model.safetensors")
+        own, state = load_file(folder / EYES), load_file(folder / WEIGHTS)
         report = model.model.load_state_dict(own, strict=False)
         wrong = [key for key in report.missing_keys if not key.startswith(_DECODER)] + report.unexpected_keys
-        expected = _peft().get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        wrong += sorted(set(expected) ^ set(state))
+        wrong += sorted(set(_state(adapted)) ^ set(state))
         _peft().set_peft_model_state_dict(adapted, state)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the weights of {folder} cannot be read, or do not fit: {error}") from error
     if wrong:
         raise CheckpointError(f"the weights of {folder} do not fit config.json: {wrong}")
+
+
+def settings_of(folder: Path) -> Any:
+    """The adapters' settings in a folder.
+
+    Raises:
+        CheckpointError: one of a host's files is missing, or the settings cannot be read.
+    """
+    for name in ("config.json", ADAPTERS, WEIGHTS, EYES):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"no {name} in {folder}: expected a folder written by `train video_llm language=...`")
+    try:
+        settings = _peft().LoraConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / ADAPTERS} cannot be read: {error}") from error
+    if not settings.base_model_name_or_path:
+        raise CheckpointError(f"{folder / ADAPTERS} names no language model (base_model_name_or_path)")
+    return settings
 
 
 def load_adapted(folder: Path) -> tuple[LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerBase]:
@@ -99,24 +163,28 @@ def load_adapted(folder: Path) -> tuple[LlavaNextVideoForConditionalGeneration, 
         CheckpointError: a file is missing or unreadable, or the weights do not fit the configuration.
         DataError: peft is missing, or the language model cannot be fetched.
     """
+    settings = settings_of(folder)
+    language = load_language(settings.base_model_name_or_path)
     try:
-        told = json.loads((folder / ADAPTERS).read_text())
-        base, rank = told["base_model_name_or_path"], told["r"]
-        model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable video LLM on a language model: {error}") from error
-    language = load_host(base)
-    try:
+        with torch.random.fork_rng(devices=[]):
+            model = LlavaNextVideoForConditionalGeneration(LlavaNextVideoConfig.from_pretrained(folder))
         put_decoder(model, language)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} was made on another language model than {base}: {error}") from error
-    adapted = add_adapters(model, base, rank, seed=0)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not fit {language.name}: {error}") from error
+    end_with(model, language.tokenizer)
+    adapted = add_adapters(model, settings, seed=0)
     read_adapted(model, adapted, folder)
     model.model.language_model = adapted.merge_and_unload()
     for name, part in model.model.named_children():
         if f"{name}." != _DECODER:
             part.to(language.model.dtype)
+    model.model.image_newline.data = model.model.image_newline.data.to(language.model.dtype)
     return model.eval().requires_grad_(False), language.tokenizer
+
+
+def _state(adapted: Any) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = _peft().get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return state
 
 
 def _peft() -> Any:

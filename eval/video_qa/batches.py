@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 
-from namm_transfer.eval.video_qa.host import VideoQAProcessor, token_id
+from namm_transfer.eval.video_qa.host import VideoQAProcessor
 from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER, Question
 
 IGNORED = -100
@@ -90,21 +90,20 @@ def pack_questions(
     is all there is to predict.
     """
     tokenizer = processor.tokenizer
-    mark = token_id(tokenizer, "?")
     flat = [question for row in questions for question in row]
     asked = [q.prompt() if options else f"{VIDEO_PLACEHOLDER}\n{q.text}" for q in flat]
     prompts = [processor.around(prompt)[1] for prompt in asked]
     answers = [tokenizer(list(q.options), add_special_tokens=False)["input_ids"] for q in flat]
     longest = max(len(p) + options * max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
     shape = (len(flat), longest)
-    tokens = np.full(shape, tokenizer.pad_token_id)
+    tokens = np.zeros(shape, dtype=np.int64)  # what stands behind a question is hidden by causality
     labels, content = np.full(shape, IGNORED), np.full(shape, IGNORED)
     for row, (question, prompt, written) in enumerate(zip(flat, prompts, answers, strict=True)):
         words = written[question.answer]
         end, told = len(prompt), words[_telling(written)]
         tokens[row, :end] = prompt
         if " these " not in question.text:  # known as soon as the question ends, before the options
-            content[row, prompt.index(mark)] = told
+            content[row, _mark(tokenizer.convert_ids_to_tokens(prompt))] = told
         if options:
             content[row, end - 1] = told
             tokens[row, end : end + len(words)] = words
@@ -112,6 +111,11 @@ def pack_questions(
     split = (len(questions), -1, shape[1])
     before = processor.around(VIDEO_PLACEHOLDER)[0]
     return PackedQuestions(before, *(torch.from_numpy(array.reshape(split)) for array in (tokens, labels, content)))
+
+
+def _mark(tokens: Sequence[str]) -> int:
+    """The place of the question mark, which a tokenizer may have joined with the end of its line."""
+    return next(place for place, token in enumerate(tokens) if "?" in token)
 
 
 def _telling(options: Sequence[Sequence[int]]) -> int:

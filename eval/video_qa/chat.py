@@ -92,7 +92,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class PackagedReader:
-    """The packaged video LLM knows no chat: one video, then the text, as it was trained."""
+    """The packaged video LLMs, and those of `train video_llm`: one video, then the text, as they were trained."""
 
     processor: packaged_host.VideoQAProcessor
 
@@ -160,7 +160,8 @@ def load_video_llm(pretrained: str, dtype: str = "auto") -> tuple[PreTrainedMode
     Args:
         pretrained: "packaged", the name of a packaged host, a folder (of transformers, or of `namm-transfer train
             video_llm`), or a Hub id.
-        dtype: one of `DTYPES`; "auto" is what the weights were saved in (the packaged one runs in float32).
+        dtype: one of `DTYPES`; "auto" is what the weights were saved in (a packaged one runs in float32, one on a
+            language model in that model's type).
 
     Raises:
         ConfigError: an unknown dtype, or a processor without a chat template.

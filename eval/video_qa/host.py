@@ -28,7 +28,7 @@ from transformers import (
 
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.checkpoint import load_weights
-from namm_transfer.eval.video_qa.backbone import ADAPTERS, load_adapted, put_decoder
+from namm_transfer.eval.video_qa.backbone import ADAPTERS, end_with, load_adapted, put_decoder
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
@@ -36,12 +36,17 @@ from namm_transfer.evolution.hosts import LanguageHost
 
 _HOSTS = Path(__file__).resolve().parent.parent / "assets" / "hosts"
 PACKAGED = _HOSTS / "video_llm"
-PACKAGED_HOSTS: dict[str, Path] = {"llava_next_video": PACKAGED, "llava_next_video_suite": _HOSTS / "suite_llm"}
-"""Folders of the packaged video LLMs, by name: of the packaged clips' questions, and of the suite's."""
+PACKAGED_HOSTS: dict[str, Path] = {
+    "llava_next_video": PACKAGED,
+    "llava_next_video_suite": _HOSTS / "suite_llm",
+    "llava_next_video_suite_256": _HOSTS / "suite_llm_256",
+}
+"""Folders of the packaged video LLMs, by name: of the packaged clips' questions, of the suite's about clips of 64
+frames, and of those about clips of 256."""
 PATCH = 8
 POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
-ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 8
+ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 16
 """Of an answer at most: a word is one token of the packaged hosts' own tokenizer, a few of a language model's."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
@@ -104,10 +109,20 @@ def build_model(
 
 
 def build_on(language: LanguageHost, seed: int) -> LlavaNextVideoForConditionalGeneration:
-    """A host whose decoder is a language model, frozen; vision tower and projector are drawn from `seed`."""
+    """A host whose decoder is a language model, frozen; vision tower and projector are drawn from `seed`.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit (`chat_processor`), or spares tokens that have no embedding.
+    """
+    processor = chat_processor(language.tokenizer)
+    known = language.model.config.vocab_size
+    if (placed := token_id(language.tokenizer, processor.video_token)) >= known:
+        raise CheckpointError(
+            f"{language.name} has {known} embeddings, and none for {processor.video_token!r}, {placed}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _untrained(language.model.config, chat_processor(language.tokenizer))
+        model = _untrained(language.model.config, processor)
     put_decoder(model, language)
     return model
 
@@ -134,9 +149,7 @@ def _untrained(text: PretrainedConfig, processor: VideoQAProcessor) -> LlavaNext
         video_seq_length=TOKENS_PER_FRAME,
     )
     model = LlavaNextVideoForConditionalGeneration(config)
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    end_with(model, tokenizer)
     return model
 
 
@@ -213,10 +226,11 @@ def chat_processor(tokenizer: PreTrainedTokenizerBase) -> VideoQAProcessor:
     """The processor of a host on a language model, two of whose spare tokens stand for what is seen.
 
     Raises:
-        CheckpointError: the tokenizer has no chat template, or not two special tokens to spare.
+        CheckpointError: the tokenizer has no chat template, not two special tokens to spare, or is not a fast one.
     """
-    if not tokenizer.chat_template:
-        raise CheckpointError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: expected one of a chat")
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        lacking = "chat template" if tokenizer.is_fast else "fast implementation"
+        raise CheckpointError(f"the tokenizer of {tokenizer.name_or_path} has no {lacking}, which is needed")
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
     spare = [token for token in special if token not in used and token not in str(tokenizer.chat_template)]
@@ -265,7 +279,13 @@ def load_host(path: Path = PACKAGED) -> tuple[LlavaNextVideoForConditionalGenera
     """
     if (path / ADAPTERS).is_file():
         adapted, known = load_adapted(path)
-        return adapted, chat_processor(known)
+        processor = chat_processor(known)
+        if token_id(known, processor.video_token) != adapted.config.video_token_id:
+            raise CheckpointError(
+                f"{path} was trained with token {adapted.config.video_token_id} for what is seen; the tokenizer of "
+                f"{known.name_or_path} spares {processor.video_token!r}"
+            )
+        return adapted, processor
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckpointError(f"no {name} in {path}: expected a folder written by `train video_llm`")

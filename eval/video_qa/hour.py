@@ -59,8 +59,11 @@ class HourConfig:
     save_every: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (self.minutes > 0 and self.frames_per_second > 0 and self.sampled > 0 and 0 < self.kill_at < 1):
-            raise ConfigError("expected positive minutes, frames_per_second and sampled, and kill_at within (0, 1)")
+        for name in ("minutes", "frames_per_second", "sampled", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a positive number")
+        if not 0 < self.kill_at < 1:
+            raise ConfigError(f"kill_at is {self.kill_at!r}; expected a fraction within (0, 1)")
 
 
 @dataclass(frozen=True)

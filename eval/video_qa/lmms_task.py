@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from namm_transfer.eval.video_qa.evaluate import QAClip
-from namm_transfer.eval.video_qa.host import ANSWER_TOKENS
+from namm_transfer.eval.video_qa.host import CHAT_ANSWER_TOKENS
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 from namm_transfer.eval.video_qa.questions import LETTERS, Question, parse_answer
 
@@ -117,7 +117,7 @@ def write_task(folder: Path, clips: Sequence[QAClip] | None = None) -> None:
     table = folder.resolve() / "test.parquet"
     write_table(Table.from_pylist(rows(clips)), table)
     (folder / "utils.py").write_text(_UTILS)
-    shared = _SHARED.format(rows=table, tokens=ANSWER_TOKENS)
+    shared = _SHARED.format(rows=table, tokens=CHAT_ANSWER_TOKENS)
     (folder / "namm_shapes.yaml").write_text(shared + _SHAPES)
     (folder / "namm_shapes_videomme.yaml").write_text(shared + _VIDEOMME)
 

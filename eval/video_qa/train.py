@@ -1,4 +1,4 @@
-"""Training the packaged video LLM from scratch on one CPU core, from cheap lessons to whole videos.
+"""Training the packaged video LLMs on one CPU core, from cheap lessons to whole videos.
 
 1. *questions*, *options*: the text decoder answers about symbolic frames, one embedding a frame made of words.
 2. *frames*: the vision tower and the projector learn to turn pixels into those same embeddings.
@@ -25,13 +25,23 @@ from transformers import LlavaNextVideoForConditionalGeneration
 
 from namm_transfer.configs.settings import check_at_least_one
 from namm_transfer.errors import CheckpointError, ConfigError
+from namm_transfer.eval.task import host_folder
 from namm_transfer.eval.video import through_mp4
-from namm_transfer.eval.video_qa.backbone import ADAPTERS, add_adapters, own_parameters, read_adapted, save_adapted
+from namm_transfer.eval.video_qa.backbone import (
+    ADAPTERS,
+    add_adapters,
+    load_language,
+    low_rank,
+    own_parameters,
+    read_adapted,
+    save_adapted,
+)
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
 from namm_transfer.eval.video_qa.clips import FPS, FRAMES
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
     PACKAGED_HOSTS,
+    TOKENS_PER_FRAME,
     VideoQAProcessor,
     build_model,
     build_on,
@@ -54,7 +64,6 @@ from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
 from namm_transfer.eval.video_qa.suite.material import Suite
 from namm_transfer.eval.video_training import LossAt, Stage, Trainer, check_stages, is_finished
-from namm_transfer.evolution.hosts import load_host as load_language
 
 FRAME_WEIGHT = 2.0
 _SHAPES = (
@@ -101,7 +110,8 @@ class TrainConfig:
         stretch: what positions are divided by (linear position interpolation, https://arxiv.org/abs/2306.15595): a
             host that reads 64 frames begins to read 256 where they are divided by 4.
         language: language model whose decoder it gets, frozen but for low-rank adapters: `smollm2-135m-instruct`, which
-            is fetched, a folder, or a Hub id; null: a small decoder of its own. Of `start` it takes what sees only.
+            is fetched, a folder, or a Hub id; null: a small decoder of its own. Of a `start` without adapters it takes
+            the vision tower only.
         rank: of the adapters.
     """
 
@@ -126,6 +136,8 @@ class TrainConfig:
             if stage.name != "frames" and stage.frames not in shown:
                 listed = ", ".join(map(str, shown))
                 raise ConfigError(f"stages[{number}].frames is {stage.frames}; expected one of {listed}")
+            if stage.name == "frames" and stage.frames:
+                raise ConfigError(f"stages[{number}].frames is {stage.frames}; a stage of single frames has 0")
         if not 1 <= self.stretch < math.inf:
             raise ConfigError(f"stretch is {self.stretch}; expected a number of at least 1")
         if self.language is not None and self.stretch != 1:
@@ -139,7 +151,9 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
 
     Raises:
         CheckpointError: with `resume`, a checkpoint or a host of another configuration is in the way; no host at
-            `start`, or one that knows other words.
+            `start`, or one that knows other words, or whose positions are stretched further.
+        ConfigError: clips of so many frames do not fit its positions.
+        DataError: a language model that cannot be fetched, or without what reads it.
     """
     torch.set_num_threads(config.threads)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -149,11 +163,13 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     if resume and is_finished(out_dir, asdict(config)):
         return load_host(out_dir)[0]
     lessons = _Lessons(config, material)
+    shown = max((stage.frames for stage in stages if stage.name != "frames"), default=0) or FRAMES
+    lessons.check_room(shown)
     asked = ("seed", "material", "questions_per_clip", "start", "stretch", "language", "rank")
     settings: dict[str, Any] = {key: getattr(config, key) for key in asked}
     before = {}
     if config.start is not None:
-        start = PACKAGED_HOSTS.get(config.start, Path(config.start))
+        start = host_folder({"path": config.start}, PACKAGED_HOSTS)
         lessons.begin_with(start)
         record = start / "training.json"
         before = {"before": json.loads(record.read_text())} if record.is_file() else {}
@@ -162,20 +178,19 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         parameters, loss_at = lessons.stage(number, stage)
         trainer.run(number, stage, parameters, loss_at)
     lessons.save(out_dir)
+    host = load_host(out_dir)
     told = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "config": asdict(config),
         "seconds": round(trainer.seconds),
         "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
-        "held_out": examine(
-            *load_host(out_dir), config.held_out_clips, num_frames=max(s.frames for s in stages) or FRAMES
-        ),
+        "held_out": examine(*host, config.held_out_clips, num_frames=shown),
         "history": trainer.history,
         **before,
     }
     (out_dir / "training.json").write_text(json.dumps(told, indent=1) + "\n")
     (out_dir / "checkpoint.pt").unlink()
-    return load_host(out_dir)[0]
+    return host[0]
 
 
 class _Lessons:
@@ -194,7 +209,7 @@ class _Lessons:
             language = load_language(config.language)
             self.processor = chat_processor(language.tokenizer)
             self.model = build_on(language, config.seed)
-            self.adapted = add_adapters(self.model, config.language, config.rank, config.seed)
+            self.adapted = add_adapters(self.model, low_rank(config.language, config.rank), config.seed)
             self.decoder = own_parameters(self.adapted)
             eyes = self.model.model
             parts = {"tower": eyes.vision_tower, "projector": eyes.multi_modal_projector, "adapters": self.decoder}
@@ -218,12 +233,33 @@ class _Lessons:
             read_adapted(self.model, self.adapted, folder)
             return
         host, processor = load_host(folder)
+        stretch = host.config.get_text_config().rope_parameters.get("factor", 1.0)
         if self.adapted is not None:
             self.model.model.vision_tower.load_state_dict(host.model.vision_tower.state_dict())
-        elif processor.tokenizer.get_vocab() == self.processor.tokenizer.get_vocab():
-            self.model.load_state_dict(host.state_dict())
-        else:
+        elif processor.tokenizer.get_vocab() != self.processor.tokenizer.get_vocab():
             raise CheckpointError(f"{folder} knows other words than the questions of {self.config.material!r}")
+        elif self.config.stretch < stretch:
+            raise CheckpointError(
+                f"stretch is {self.config.stretch}; the positions of {folder} are stretched by {stretch}"
+            )
+        else:
+            self.model.load_state_dict(host.state_dict())
+
+    def check_room(self, frames: int) -> None:
+        """Refuse clips that, with a question about them, have more tokens than there are positions.
+
+        Raises:
+            ConfigError: names both.
+        """
+        rng = np.random.default_rng(0)
+        (clip,) = self.material.clips(rng, 1, frames)
+        asked = self.material.questions(rng, clip, 1)
+        needed = frames * TOKENS_PER_FRAME + pack_questions(self.processor, [asked]).tokens.shape[-1]
+        positions = self.model.config.get_text_config().max_position_embeddings
+        if needed > positions:
+            raise ConfigError(
+                f"stretch is {self.config.stretch}: clips of {frames} frames need {needed} positions, not {positions}"
+            )
 
     def save(self, folder: Path) -> None:
         if self.adapted is None:

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from namm_transfer.errors import CheckpointError, ConfigError
-from namm_transfer.eval.video_qa.backbone import add_adapters
+from namm_transfer.cli import app
+from namm_transfer.errors import CheckpointError, ConfigError, DataError
+from namm_transfer.eval.video import write_mp4
+from namm_transfer.eval.video_qa.backbone import add_adapters, load_language, low_rank
+from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
 from namm_transfer.eval.video_qa.chat import PackagedReader, load_video_llm
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import questions_of
@@ -17,9 +23,9 @@ from namm_transfer.eval.video_qa.host import PACKAGED, build_on, chat_processor,
 from namm_transfer.eval.video_qa.train import TrainConfig, train
 from namm_transfer.eval.video_tasks import ShapesQA
 from namm_transfer.eval.video_training import Stage
-from namm_transfer.evolution.hosts import load_host as load_language
 from namm_transfer.policies import Streaming
 
+pytest.importorskip("peft")
 SPARE = ["<begin>", "<end>", "<one>", "<two>"]
 CHAT = (
     "{% for m in messages %}<begin>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
@@ -43,7 +49,7 @@ def language(tmp_path_factory, make_tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=3,  # not the chat's: the tokenizer knows better
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +75,7 @@ def trained(tmp_path_factory, language):
 def test_untouched_adapters_and_text_alone_are_the_language_model(language):
     host = load_language(str(language))
     model = build_on(host, seed=0)
-    add_adapters(model, str(language), rank=4, seed=0)
+    add_adapters(model, low_rank(str(language), 4), seed=0)
     ids = torch.randint(0, 200, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, host.model(ids).logits)
@@ -80,8 +86,7 @@ def test_only_adapters_learn_and_they_are_merged_where_a_host_is_loaded(trained,
     base = load_language(str(language)).model
     sizes = {path.name for path in folder.iterdir()}
     assert sizes == {
-        "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "training.json",
-        "vision.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "training.json", "vision.safetensors",
     }  # fmt: skip
     embeddings = model.get_input_embeddings().weight
     assert torch.equal(embeddings, base.get_input_embeddings().weight) and embeddings is model.lm_head.weight
@@ -109,6 +114,7 @@ def test_it_chats_answers_and_remembers_under_a_policy(trained):
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
+    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     before, behind = processor.around("<video>\nWhat came first?")
     read = processor.tokenizer.decode
     assert read(before) == "<begin>user\n"
@@ -122,7 +128,7 @@ def test_it_chats_answers_and_remembers_under_a_policy(trained):
     replies = list(task.ask(frames, questions_of(0, 1), Streaming(budget=0.5)))
     assert len(replies) == 4 and all(memory.stats().kept_fraction < 1 for _, memory in replies)
     model, reader = load_video_llm(str(folder))
-    assert isinstance(reader, PackagedReader) and reader.processor.answer_tokens == 8
+    assert isinstance(reader, PackagedReader) and reader.processor.answer_tokens == 16
 
 
 def test_training_goes_on_from_its_adapters(trained, tmp_path):
@@ -144,7 +150,12 @@ def test_what_does_not_fit_is_refused(trained, language, tmp_path):
         TrainConfig(language=str(language), rank=0)
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
-    (broken / "vision.safetensors").unlink()
+    for name in ("vision.safetensors", "config.json", "adapter_model.safetensors"):
+        (broken / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"no {name} in .*broken"):
+            load_host(broken)
+        shutil.copy(folder / name, broken)
+    (broken / "vision.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match=r"broken.*cannot be read"):
         load_host(broken)
     shutil.copy(folder / "vision.safetensors", broken)
@@ -154,8 +165,32 @@ def test_what_does_not_fit_is_refused(trained, language, tmp_path):
     with pytest.raises(CheckpointError, match=dropped.replace(".", r"\.")):
         load_host(broken)
     (broken / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds no readable video LLM on a language model"):
+    with pytest.raises(CheckpointError, match="names no language model"):
         load_host(broken)
+    (broken / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
+        load_host(broken)
+
+
+def test_a_language_model_that_does_not_fit_is_refused(trained, language, tmp_path):
+    config, _, folder = trained
+    other = tmp_path / "other"
+    shutil.copytree(language, other)
+    stage = Stage("video", steps=1, batch=1, learning_rate=1e-7, frames=4)
+    elsewhere = replace(config, stages=(stage,), language=str(other), start=str(folder))
+    with pytest.raises(CheckpointError, match=r"base_model_name_or_path is '.*language0'; expected '.*other'"):
+        train(elsewhere, tmp_path / "out")
+    settings = json.loads((language / "config.json").read_text())
+    for change, message in (
+        ({"tie_word_embeddings": False}, "reads out with other weights than its embeddings"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}, "a sliding window"),
+    ):
+        (other / "config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_language(str(other))
+    (other / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 64}))
+    with pytest.raises(ConfigError, match=r"clips of 4 frames need \d+ positions, not 64"):
+        train(replace(elsewhere, start=None), tmp_path / "out")
     host = load_language(str(language))
     host.tokenizer.chat_template = None
     with pytest.raises(CheckpointError, match="has no chat template"):
@@ -163,3 +198,31 @@ def test_what_does_not_fit_is_refused(trained, language, tmp_path):
     host.tokenizer.chat_template = "<one>"
     with pytest.raises(CheckpointError, match=r"has 1 special tokens to spare \(\['<two>'\]\); expected 2"):
         chat_processor(host.tokenizer)
+
+
+def test_without_peft_it_is_said_what_to_install(language, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DataError, match=r"needs peft.*namm-transfer\[language\]"):
+        load_language(str(language))
+
+
+def test_a_question_mark_may_be_joined_with_the_end_of_its_line(language):
+    host = load_language(str(language))
+    host.tokenizer.add_tokens(["?\n"])
+    questions = questions_of(0, 1)
+    packed = pack_questions(chat_processor(host.tokenizer), [list(questions)])
+    for row in range(len(questions)):
+        marks = (packed.content[0, row] != IGNORED).nonzero()[:, 0].tolist()
+        assert host.tokenizer.decode(packed.tokens[0, row, marks[0]]) == "?\n"
+
+
+def test_remember_chats_too(trained, tmp_path, monkeypatch):
+    _, _, folder = trained
+    monkeypatch.chdir(tmp_path)
+    write_mp4(tmp_path / "a.mp4", render(make_clip(1)), 16.0)
+    base = ["remember", "a.mp4", "policy=h2o", "policy.budget=64", f"model.path={folder}", "fps=4"]
+    result = CliRunner().invoke(app, [*base, "--question", "What came first?"])
+    assert result.exit_code == 0, result.output
+    assert "What came first?\n  ->" in result.output
+    refused = CliRunner().invoke(app, [*base, "--question", "In <video>, what came first?"])
+    assert refused.exit_code != 0 and "has no <video>" in str(refused.output) + str(refused.exception)

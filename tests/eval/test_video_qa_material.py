@@ -117,10 +117,12 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path) -> None:
             TrainConfig(stages=(Stage(**stage),))
     with pytest.raises(ConfigError, match=r"frames is 128; expected one of 64, 256, 1024"):
         TrainConfig(material="suite", stages=(Stage("video", steps=1, batch=1, learning_rate=1e-3, frames=128),))
+    with pytest.raises(ConfigError, match="frames is 64; a stage of single frames has 0"):
+        TrainConfig(stages=(Stage("frames", steps=1, batch=1, learning_rate=1e-3, frames=64),))
     for stretch in (0.5, float("nan")):
         with pytest.raises(ConfigError, match="stretch is .*; expected a number of at least 1"):
             TrainConfig(stretch=stretch)
-    with pytest.raises(CheckpointError, match="no model.safetensors"):
+    with pytest.raises(CheckpointError, match="no model.safetensors|no host model"):
         train(TrainConfig(start=str(tmp_path)), tmp_path / "out")
     with pytest.raises(CheckpointError, match="knows other words than the questions of 'suite'"):
         train(TrainConfig(material="suite", start=str(PACKAGED)), tmp_path / "out")
@@ -142,5 +144,10 @@ def test_a_packaged_host_goes_on_with_its_positions_stretched_over_longer_clips(
     states, places = torch.zeros(1, 9, 48), torch.arange(9)[None]
     for stretched, usual in zip(rotary(states, 4 * places), before(states, places), strict=True):
         torch.testing.assert_close(stretched, usual)
+    usual = replace(config, stretch=1.0, start=str(tmp_path / "host"), stages=(replace(video, frames=64),))
+    with pytest.raises(CheckpointError, match=r"stretch is 1.0; the positions of .*host are stretched by 4"):
+        train(usual, tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"stretch is 1.0: clips of 256 frames need \d+ positions, not 4096"):
+        train(replace(config, stretch=1.0), tmp_path / "b")
     with pytest.raises(CheckpointError, match="another stretch"):
         train(replace(config, stretch=2), tmp_path / "host")

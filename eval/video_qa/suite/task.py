@@ -47,7 +47,7 @@ class SuiteQA(ShapesQA):
         """Also warns of what the host cannot read, which counts all the same."""
         model, processor = super()._load()
         for trouble in self._troubles(model, processor):
-            warnings.warn(f"{self.name}: {trouble}", stacklevel=3)
+            warnings.warn(f"{self.name}: {trouble}", stacklevel=2)
         return model, processor
 
     def _troubles(self, model: Any, processor: Any) -> Iterator[str]:
@@ -108,7 +108,7 @@ def _taught(folder: Path) -> set[int]:
     """Of how many frames the clips were that a host was trained on last, where its folder tells."""
     try:
         stages = json.loads((folder / "training.json").read_text())["config"]["stages"]
-        return {stage["frames"] for stage in stages if stage["frames"]}
+        return {stage["frames"] for stage in stages if stage["name"] != "frames"}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
