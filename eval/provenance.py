@@ -31,7 +31,8 @@ def record(path: Path, inputs: Mapping[str, str], seed: int) -> None:
         DataError: the run was begun with other weights or videos.
     """
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    for name, was in starts[0]["inputs"].items() if starts else ():
+    known = {name: was for start in starts for name, was in start["inputs"].items()}  # a run may have grown
+    for name, was in known.items():
         if inputs.get(name) != was:
             raise DataError(
                 f"{path.parent} was begun with another {name} (digest {was}, now {inputs.get(name)}); "

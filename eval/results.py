@@ -66,7 +66,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, config: dict[str, Any]) -> RunFolder:
-        """Create the folder, or go on in one that holds the same resolved `config`.
+        """Create the folder, or go on in one that holds the same resolved `config`, but for `policies` that are new.
 
         Raises:
             DataError: the path is not a folder, or holds something else than a run.
@@ -76,10 +76,12 @@ class RunFolder:
             raise DataError(f"{path} exists and is no folder of a run (no config.yaml); choose another with out=...")
         folder = cls(path)
         if (path / "config.yaml").is_file():
-            folder._refuse_other(config)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+            stored = folder.config()
+            folder._refuse_other(stored, config)
+            if stored == config:
+                return folder
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         return folder
 
     def config(self) -> dict[str, Any]:
@@ -112,8 +114,11 @@ class RunFolder:
         """Write one row through to the disk."""
         append_json(self.lines, asdict(row))
 
-    def _refuse_other(self, config: dict[str, Any]) -> None:
-        ours, theirs = dict(flatten(config)), dict(flatten(self.config()))
+    def _refuse_other(self, stored: dict[str, Any], config: dict[str, Any]) -> None:
+        # A new policy is a new column: it changes nothing in the rows of the others.
+        policies, known = config.get("policies") or {}, stored.get("policies") or {}
+        old = {name: settings for name, settings in policies.items() if name in known}
+        ours, theirs = dict(flatten({**config, "policies": old})), dict(flatten({**stored, "policies": known}))
         for key in [*theirs, *ours]:
             if ours.get(key) != theirs.get(key) or (key in ours) != (key in theirs):
                 held = repr(theirs[key]) if key in theirs else "not set"

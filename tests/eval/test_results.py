@@ -58,6 +58,32 @@ def test_another_configuration_is_refused_by_its_first_difference(tmp_path, chan
         RunFolder.open(tmp_path / "run", CONFIG | changed)
 
 
+def test_a_run_may_get_more_policies_but_keeps_those_it_has(tmp_path):
+    folder = RunFolder.open(tmp_path / "run", CONFIG)
+    folder.append(row("1"))
+    more = CONFIG | {"policies": {"h2o": {"name": "h2o", "budget": 0.5}, **CONFIG["policies"]}}
+    again = RunFolder.open(tmp_path / "run", more)
+    assert again.config() == more and list(again.config()["policies"]) == ["h2o", "full"]
+    assert [one.unit for one in again.rows()] == ["1"]
+    for changed, named in (
+        (CONFIG, r"policies\.h2o\.name is 'h2o' there, not set here"),
+        (
+            more | {"policies": {**more["policies"], "full": {"name": "random"}}},
+            r"policies\.full\.name is 'full' there",
+        ),
+        (more | {"seed": 1}, "seed is 0 there, 1 here"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            RunFolder.open(tmp_path / "run", changed)
+
+
+def test_what_came_with_a_later_start_is_kept_to(tmp_path):
+    record(tmp_path / "provenance.json", {"a": "1"}, 0)
+    record(tmp_path / "provenance.json", {"a": "1", "b": "2"}, 0)
+    with pytest.raises(DataError, match=r"begun with another b \(digest 2, now 3\)"):
+        record(tmp_path / "provenance.json", {"a": "1", "b": "3"}, 0)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(DataError, match="no folder of a run"):
