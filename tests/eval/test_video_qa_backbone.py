@@ -26,7 +26,6 @@ from namm_transfer.eval.video_training import Stage
 from namm_transfer.policies import Streaming
 
 pytest.importorskip("peft")
-SPARE = ["<begin>", "<end>", "<one>", "<two>"]
 CHAT = (
     "{% for m in messages %}<begin>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<begin>assistant\n{% endif %}"
@@ -38,7 +37,7 @@ def language(tmp_path_factory, make_tokenizer):
     """The folder of a tiny random language model that chats in bytes."""
     folder = tmp_path_factory.mktemp("language")
     tokenizer = make_tokenizer(bos_token="<begin>", eos_token="<end>", pad_token="<end>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPARE[2:]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -84,8 +83,8 @@ def test_untouched_adapters_and_text_alone_are_the_language_model(language):
 def test_only_adapters_learn_and_they_are_merged_where_a_host_is_loaded(trained, language):
     config, model, folder = trained
     base = load_language(str(language)).model
-    sizes = {path.name for path in folder.iterdir()}
-    assert sizes == {
+    written = {path.name for path in folder.iterdir()}
+    assert written == {
         "adapter_config.json", "adapter_model.safetensors", "config.json", "training.json", "vision.safetensors",
     }  # fmt: skip
     embeddings = model.get_input_embeddings().weight
@@ -134,10 +133,7 @@ def test_it_chats_answers_and_remembers_under_a_policy(trained):
 def test_training_goes_on_from_its_adapters(trained, tmp_path):
     config, model, folder = trained
     stage = Stage("video", steps=1, batch=1, learning_rate=1e-7, frames=4)
-    again = TrainConfig(
-        stages=(stage,), questions_per_clip=2, held_out_clips=1, language=config.language, rank=4, start=str(folder)
-    )
-    found = train(again, tmp_path)
+    found = train(replace(config, stages=(stage,), start=str(folder)), tmp_path)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name].float(), weight.float(), atol=1e-3, rtol=1e-2)
 
