@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import namm_transfer
 from namm_transfer.errors import DataError
+from namm_transfer.evolution.hosts import PACKAGED_HOSTS
 from namm_transfer.files import write_atomically
 
-__all__ = ["digest", "provenance", "record"]
+__all__ = ["digest", "language_model", "provenance", "record"]
 
-PACKAGES = ("torch", "transformers", "timm", "gymnasium", "mujoco", "decord", "decord2", "numpy", "cma", "scipy")
+PACKAGES = (
+    "torch", "transformers", "timm", "peft", "gymnasium", "mujoco", "decord", "decord2", "numpy", "cma", "scipy",
+)  # fmt: skip
 
 
 def record(path: Path, inputs: Mapping[str, str], seed: int) -> None:
@@ -104,6 +108,20 @@ def digest(path: Path) -> str:
             total.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
             total.update(file.read_bytes())
     return total.hexdigest()[:16]
+
+
+def language_model(name: str) -> str:
+    """What a language model is: a packaged one by its name, which stands for a pinned version; a folder by its digest;
+    one of the Hub by its id and commit."""
+    if name in PACKAGED_HOSTS:
+        return name
+    if Path(name).is_dir():
+        return digest(Path(name))
+    try:
+        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name!r} is no packaged language model, no folder, and not on the Hub: {error}") from error
+    return f"{name}@{commit or 'unknown'}"
 
 
 def _processor() -> str:

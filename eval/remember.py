@@ -16,12 +16,11 @@ from namm_transfer.adapters import adapt
 from namm_transfer.adapters.video_memory import VideoMemory
 from namm_transfer.errors import ConfigError, VideoError
 from namm_transfer.eval.executor import use_executor
-from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.task import host_folder, packaged_host
 from namm_transfer.eval.transfer import Interrupted
 from namm_transfer.eval.video import fit, stream
 from namm_transfer.eval.video_qa.clips import SIDE
-from namm_transfer.eval.video_qa.host import PACKAGED_HOSTS, VideoQAProcessor, load_host, pixel_values
+from namm_transfer.eval.video_qa.host import PACKAGED_HOSTS, VideoQAProcessor, identity, load_host, pixel_values
 from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER
 from namm_transfer.eval.workers import build_policy
 from namm_transfer.policies import Policy
@@ -68,7 +67,7 @@ def remember(
     memory = _stored(resume, policy)
     frames = stream(video, fps=config["fps"], batch=config["batch"], start=memory.frames if memory else 0)
     folder = host_folder(config["model"], packaged_host("remember", config["model"], PACKAGED_HOSTS))
-    source = {"video": video.name, "bytes": video.stat().st_size, "fps": config["fps"], "host": digest(folder)}
+    source = {"video": video.name, "bytes": video.stat().st_size, "fps": config["fps"], **identity(folder)}
     if memory is not None and memory.about != source:
         raise ConfigError(f"{resume} is the memory of {memory.about}; asked to go on with {source}")
     saver = _Saver(save, config["save_every"], resumed=save is not None and save == resume)

@@ -199,6 +199,10 @@ class ShapesQA(_ClipTask):
         ]
         return _grid(held, int(visual[0]), (len(frames), side, side))
 
+    def inputs(self) -> dict[str, str]:
+        """Also what the language model is, of a host that is on one."""
+        return super().inputs() | llm_host.identity(self._folder)
+
     def _read_clips(self, folder: Path) -> list[QAClip]:
         return qa_clips.packaged_clips(folder)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import check_device
-from namm_transfer.eval.provenance import digest
+from namm_transfer.eval.provenance import language_model
 from namm_transfer.eval.task import Outcome, Unit, measured
-from namm_transfer.evolution.hosts import PACKAGED_HOSTS, LanguageHost, load_host
+from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.kinds import KINDS
 from namm_transfer.evolution.page import Sample
 from namm_transfer.evolution.population import read_sample
@@ -78,16 +77,7 @@ class LanguageSamples:
 
     def inputs(self) -> dict[str, str]:
         """What the host is, and the documents (fetched at a pinned version)."""
-        return {"host": self._identity(), "documents": ", ".join(self._maker.documents)}
-
-    def _identity(self) -> str:
-        """A packaged host by its name, which stands for a pinned version; a folder's digest; a Hub id and commit."""
-        path = str(self.model["path"])
-        if path in PACKAGED_HOSTS:
-            return path
-        if Path(path).is_dir():
-            return digest(Path(path))
-        return f"{path}@{getattr(self.host.model.config, '_commit_hash', None) or 'unknown'}"
+        return {"host": language_model(str(self.model["path"])), "documents": ", ".join(self._maker.documents)}
 
     def sample(self, unit: Unit, seed: int) -> Sample:
         """The sample of a unit, a function of unit and seed alone."""

@@ -23,6 +23,7 @@ from namm_transfer.evolution.hosts import LanguageHost, load_host
 __all__ = [
     "ADAPTERS",
     "add_adapters",
+    "base_of",
     "end_with",
     "load_adapted",
     "load_language",
@@ -154,6 +155,15 @@ def settings_of(folder: Path) -> Any:
     if not settings.base_model_name_or_path:
         raise CheckpointError(f"{folder / ADAPTERS} names no language model (base_model_name_or_path)")
     return settings
+
+
+def base_of(folder: Path) -> str:
+    """Name or folder of the language model that a host is on.
+
+    Raises:
+        CheckpointError: as `settings_of`.
+    """
+    return str(settings_of(folder).base_model_name_or_path)
 
 
 def load_adapted(folder: Path) -> tuple[LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerBase]:

@@ -70,12 +70,14 @@ class Material(Protocol[C]):
 class PackedQuestions:
     """N questions of each of B clips, padded on the right to L tokens.
 
-    `before`: tokens ahead of the video. `tokens`, `labels`: int64 [B, N, L], labels only where the answer and its end
-    are predicted; `content`: int64 [B, N, L], at the question mark and at the cue, the first token of the answer that
-    tells it from the other options; elsewhere both are IGNORED.
+    `before`: tokens ahead of the video. `lengths`: int64 [B, N], tokens of each question and its answer. `tokens`,
+    `labels`: int64 [B, N, L], labels only where the answer and its end are predicted; `content`: int64 [B, N, L], at
+    the question mark and at the cue, the first token of the answer that tells it from the other options; elsewhere
+    both are IGNORED.
     """
 
     before: list[int]
+    lengths: torch.Tensor
     tokens: torch.Tensor
     labels: torch.Tensor
     content: torch.Tensor
@@ -96,21 +98,22 @@ def pack_questions(
     answers = [tokenizer(list(q.options), add_special_tokens=False)["input_ids"] for q in flat]
     longest = max(len(p) + options * max(map(len, a)) for p, a in zip(prompts, answers, strict=True))
     shape = (len(flat), longest)
-    tokens = np.zeros(shape, dtype=np.int64)  # what stands behind a question is hidden by causality
+    tokens, lengths = np.zeros(shape, dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
     labels, content = np.full(shape, IGNORED), np.full(shape, IGNORED)
     for row, (question, prompt, written) in enumerate(zip(flat, prompts, answers, strict=True)):
         words = written[question.answer]
         end, told = len(prompt), words[_telling(written)]
-        tokens[row, :end] = prompt
+        tokens[row, :end], lengths[row] = prompt, end
         if " these " not in question.text:  # known as soon as the question ends, before the options
             content[row, _mark(tokenizer.convert_ids_to_tokens(prompt))] = told
         if options:
             content[row, end - 1] = told
             tokens[row, end : end + len(words)] = words
+            lengths[row] += len(words)
             labels[row, end - 1 : end + len(words)] = [*words, tokenizer.eos_token_id]
-    split = (len(questions), -1, shape[1])
     before = processor.around(VIDEO_PLACEHOLDER)[0]
-    return PackedQuestions(before, *(torch.from_numpy(array.reshape(split)) for array in (tokens, labels, content)))
+    packed = [array.reshape(len(questions), -1, *array.shape[1:]) for array in (lengths, tokens, labels, content)]
+    return PackedQuestions(before, *map(torch.from_numpy, packed))
 
 
 def _mark(tokens: Sequence[str]) -> int:

@@ -28,7 +28,8 @@ from transformers import (
 
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.checkpoint import load_weights
-from namm_transfer.eval.video_qa.backbone import ADAPTERS, end_with, load_adapted, put_decoder
+from namm_transfer.eval.provenance import digest, language_model
+from namm_transfer.eval.video_qa.backbone import ADAPTERS, base_of, end_with, load_adapted, put_decoder
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
 from namm_transfer.eval.video_qa.questions import LETTERS, VIDEO_PLACEHOLDER
@@ -48,6 +49,8 @@ POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
 ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 16
 """Of an answer at most: a word is one token of the packaged hosts' own tokenizer, a few of a language model's."""
+_ONE_DAY = "{% macro strftime_now(format) %}26 July 2024{% endmacro %}"
+"""Ahead of a chat template: where that writes today's date, a prompt is the same on every day."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
 WORDS: tuple[str, ...] = ("colour", "shape", *QUESTION_WORDS, *COLOURS, *SHAPES, *DIRECTIONS)
@@ -191,7 +194,11 @@ class VideoQAProcessor:
         chat = bool(self.tokenizer.chat_template)
         if chat:
             said = [{"role": "user", "content": prompt}]
-            prompt = cast(str, self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+            template = _ONE_DAY + self.tokenizer.get_chat_template()
+            written = self.tokenizer.apply_chat_template(
+                said, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+            prompt = cast(str, written)
         before, behind = prompt.split(VIDEO_PLACEHOLDER)
         return (
             self.tokenizer(before, add_special_tokens=not chat)["input_ids"],
@@ -263,6 +270,16 @@ def save_host(
     half.generation_config = model.generation_config
     half.save_pretrained(path)
     (tokenizer or build_tokenizer()).save_pretrained(path)
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """What a host is, for the record: its digest; and of one on a language model, what that is.
+
+    Raises:
+        CheckpointError: its settings cannot be read.
+    """
+    base = {"language model": language_model(base_of(folder))} if (folder / ADAPTERS).is_file() else {}
+    return {"host": digest(folder), **base}
 
 
 def is_host(folder: Path) -> bool:

@@ -27,30 +27,36 @@ def packed_attention(
     scaling: float,
     question_length: int,
     questions: int,
+    spots: torch.Tensor,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention over the shared prefix; each question sees the prefix and, causally, itself.
 
-    Padding stands at the end of a question, where causality hides it. No mask over the whole sequence is
-    ever built, and no score between two questions is ever computed.
+    Here every question has its L places, of which `spots` int64 [B, S] names those that the S tokens behind the
+    prefix fill. What is empty stands at the end of a question, where causality hides it. No mask over the whole
+    sequence is ever built, and no score between two questions is ever computed.
     """
-    batch, heads, total, width = query.shape
-    prefix = total - questions * question_length
-    groups = heads // key.shape[1]
+    prefix = query.shape[2] - spots.shape[1]
+    groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     shared = slice(None, prefix)
     head = scaled_dot_product_attention(
         query[:, :, shared], key[:, :, shared], value[:, :, shared], is_causal=True, scale=scaling
     )
-    split = (batch, heads, questions, question_length, width)
-    own_query, own_key, own_value = (states[:, :, prefix:].reshape(split) for states in (query, key, value))
+    filled = spots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    asking, own_key, own_value = (
+        states.new_zeros(*states.shape[:2], questions * question_length, states.shape[3])
+        .scatter(2, filled, states[:, :, prefix:])
+        .unflatten(2, (questions, question_length))
+        for states in (query, key, value)
+    )
     future = torch.ones(question_length, question_length, dtype=torch.bool).triu(1)
-    own = (own_query @ own_key.transpose(-1, -2)).masked_fill(future, float("-inf")).flatten(2, 3)
-    seen = query[:, :, prefix:] @ key[:, :, shared].transpose(-1, -2)
+    own = (asking @ own_key.transpose(-1, -2)).masked_fill(future, float("-inf")).flatten(2, 3)
+    seen = asking.flatten(2, 3) @ key[:, :, shared].transpose(-1, -2)
     weights = torch.softmax(torch.cat([seen, own], dim=-1) * scaling, dim=-1)
     own_weights = weights[..., prefix:].unflatten(2, (questions, question_length))
     tail = weights[..., shared] @ value[:, :, shared] + (own_weights @ own_value).flatten(2, 3)
-    return torch.cat([head, tail], dim=2).transpose(1, 2), None
+    return torch.cat([head, tail.gather(2, filled)], dim=2).transpose(1, 2), None
 
 
 class SymbolicFrames(nn.Module):
@@ -134,13 +140,14 @@ def decode_packed(
     prefix = first + visual.shape[1]
     embed = word_embeddings(model)
     start = embed(torch.tensor(packed.before)).expand(batch, -1, -1)
-    inputs = torch.cat([start, visual.to(start.dtype), embed(packed.tokens.flatten(1))], dim=1)
+    spots = _spots(packed)
+    questions = embed(packed.tokens.flatten(1).gather(1, spots))
+    inputs = torch.cat([start, visual.to(start.dtype), questions], dim=1)
     if places is None:
         places, behind = torch.arange(visual.shape[1]).expand(batch, -1), prefix
     else:
         behind = first + TOKENS_PER_FRAME * frames
-    asked = (behind + torch.arange(length).repeat(count)).expand(batch, -1)
-    positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, asked], dim=1)
+    positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, behind + spots % length], dim=1)
     output = model.model.language_model(
         inputs_embeds=inputs,
         # A mask of four dimensions is handed on as it is: `packed_attention` needs none.
@@ -150,13 +157,28 @@ def decode_packed(
         output_hidden_states=True,
         questions=count,
         question_length=length,
+        spots=spots,
     )
     depth = model.config.get_text_config().num_hidden_layers
     thinking, watching = (output.hidden_states[round(part * depth)] for part in (CONTENT_LAYER, FRAME_LAYER))
+    filled = spots[..., None].expand(-1, -1, inputs.shape[-1])
     last, thinking = (
-        states[:, prefix:].unflatten(1, (count, length)) for states in (output.last_hidden_state, thinking)
+        states.new_zeros(batch, count * length, states.shape[-1])
+        .scatter(1, filled, states[:, prefix:])
+        .unflatten(1, (count, length))
+        for states in (output.last_hidden_state, thinking)
     )
     return last, watching[:, first:prefix], thinking
+
+
+def _spots(packed: PackedQuestions) -> torch.Tensor:
+    """int64 [B, S]: where the tokens of a clip's questions stand among its N x L places, in their order.
+
+    A clip with fewer tokens than another has some of its empty places, too.
+    """
+    places = torch.arange(packed.tokens.shape[-1])
+    empty = (places >= packed.lengths[..., None]).flatten(1)
+    return empty.to(torch.uint8).argsort(dim=1, stable=True)[:, : packed.lengths.sum(1).max()]
 
 
 def visual_features(

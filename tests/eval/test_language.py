@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
 from namm_transfer.errors import ConfigError
+from namm_transfer.eval import provenance
 from namm_transfer.eval.language import samples
 from namm_transfer.eval.language.learned import SORTS, draw, learn, sort_of
 from namm_transfer.eval.language.samples import LanguageSamples
@@ -99,6 +100,7 @@ def test_the_host_is_known_by_what_it_holds(task: LanguageSamples, tmp_path: Pat
     config = task.host.model.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "_commit_hash", "0a1b2c", raising=False)
+        patch.setattr(provenance.AutoConfig, "from_pretrained", {"owner/name": config}.__getitem__)
         assert host("owner/name") == "owner/name@0a1b2c"
 
 

@@ -13,13 +13,16 @@ from typer.testing import CliRunner
 
 from namm_transfer.cli import app
 from namm_transfer.errors import CheckpointError, ConfigError, DataError
+from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.video import write_mp4
 from namm_transfer.eval.video_qa.backbone import add_adapters, load_language, low_rank
 from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
 from namm_transfer.eval.video_qa.chat import PackagedReader, load_video_llm
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import questions_of
-from namm_transfer.eval.video_qa.host import PACKAGED, build_on, chat_processor, load_host
+from namm_transfer.eval.video_qa.host import PACKAGED, build_on, chat_processor, identity, load_host
+from namm_transfer.eval.video_qa.packaged import PACKAGED_VIDEOS
+from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER
 from namm_transfer.eval.video_qa.train import TrainConfig, train
 from namm_transfer.eval.video_tasks import ShapesQA
 from namm_transfer.eval.video_training import Stage
@@ -210,6 +213,33 @@ def test_a_question_mark_may_be_joined_with_the_end_of_its_line(language):
     for row in range(len(questions)):
         marks = (packed.content[0, row] != IGNORED).nonzero()[:, 0].tolist()
         assert host.tokenizer.decode(packed.tokens[0, row, marks[0]]) == "?\n"
+
+
+def test_a_prompt_is_the_same_on_every_day(language):
+    tokenizer = load_language(str(language)).tokenizer
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %B %Y') }}. " + CHAT
+    before, _ = chat_processor(tokenizer).around(f"{VIDEO_PLACEHOLDER} What came first?")
+    assert tokenizer.decode(before) == "Today is 26 July 2024. <begin>user\n"
+
+
+def test_a_record_names_the_language_model(trained, language, tmp_path):
+    _, _, folder = trained
+    settings = {"path": str(folder), "device": "cpu", "update_interval": 32}
+    task = ShapesQA("qa", settings, "packaged", clips=1, questions=1)
+    assert task.inputs() == {
+        "host": digest(folder),
+        "clips": digest(PACKAGED_VIDEOS),
+        "language model": digest(language),
+    }
+    named, told = tmp_path / "named", json.loads((folder / "adapter_config.json").read_text())
+    shutil.copytree(folder, named)
+    for name in ("smollm2-135m-instruct", str(tmp_path / "gone")):
+        (named / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": name}))
+        if name == "smollm2-135m-instruct":  # stands for a pinned version
+            assert identity(named)["language model"] == name
+        else:
+            with pytest.raises(DataError, match="gone' is no packaged language model, no folder, and not on the Hub"):
+                identity(named)
 
 
 def test_remember_chats_too(trained, tmp_path, monkeypatch):

@@ -65,18 +65,22 @@ def test_processor_refuses_a_prompt_without_video(processor: VideoQAProcessor) -
 
 def test_packed_training_batch_equals_single_prompts(processor: VideoQAProcessor) -> None:
     model = build_model(0).eval()
-    frames, questions = render(make_clip(7), np.arange(0, 64, 16)), questions_of(7, 1)
-    packed = pack_questions(processor, [list(questions)])
+    clips = [render(make_clip(seed), np.arange(0, 64, 16)) for seed in (7, 8)]
+    asked = [list(questions_of(seed, 1)) for seed in (7, 8)]
+    packed = pack_questions(processor, asked)
     with torch.no_grad():
         alone = []
-        for question in questions:
-            inputs = processor(frames, f"{question.prompt()} {question.truth}")
-            alone.append(model(**inputs).logits[0, 1 + len(frames) * TOKENS_PER_FRAME :])
+        for frames, questions in zip(clips, asked, strict=True):
+            for question in questions:
+                inputs = processor(frames, f"{question.prompt()} {question.truth}")
+                alone.append(model(**inputs).logits[0, 1 + len(frames) * TOKENS_PER_FRAME :])
         use_packed_attention(model)
-        last, _, _ = decode_packed(model, visual_features(model, pixel_values(frames)[None]), packed)
-        together = model.lm_head(last)
+        pixels = torch.stack([pixel_values(frames) for frames in clips])
+        last, _, _ = decode_packed(model, visual_features(model, pixels), packed)
+        together = model.lm_head(last).flatten(0, 1)
+    assert [len(logits) for logits in alone] == packed.lengths.flatten().tolist()
     for number, expected in enumerate(alone):
-        torch.testing.assert_close(together[0, number, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together[number, : len(expected)], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_ask_for_the_answer_and_its_end(processor: VideoQAProcessor) -> None:
