@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, PackedQuestions
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, word_embeddings
@@ -137,14 +138,60 @@ def decode_packed(
     """
     batch, count, length = packed.tokens.shape
     first = len(packed.before)
+    output, spots = _run(model, visual, packed, places, frames)
+    depth = model.config.get_text_config().num_hidden_layers
+    thinking, watching = (output.hidden_states[round(part * depth)] for part in (CONTENT_LAYER, FRAME_LAYER))
     prefix = first + visual.shape[1]
+    filled = spots[..., None].expand(-1, -1, visual.shape[-1])
+    last, thinking = (
+        states.new_zeros(batch, count * length, states.shape[-1])
+        .scatter(1, filled, states[:, prefix:])
+        .unflatten(1, (count, length))
+        for states in (output.last_hidden_state, thinking)
+    )
+    return last, watching[:, first:prefix], thinking
+
+
+def watch(
+    model: LlavaNextVideoForConditionalGeneration, visual: torch.Tensor, before: list[int], places: torch.Tensor
+) -> torch.Tensor:
+    """States [B, M, D] of visual tokens after `FRAME_LAYER` of the layers; the others are not run, nothing is asked.
+
+    Args:
+        visual: [B, M, D], of symbolic frames.
+        before: tokens ahead of the video.
+        places: int64 [B, M], as for `decode_packed`.
+    """
+    nothing = torch.zeros(len(visual), 0, 1, dtype=torch.int64)
+    packed = PackedQuestions(before, lengths=nothing[..., 0], tokens=nothing, labels=nothing, content=nothing)
+    config = model.config.get_text_config()
+    depth = config.num_hidden_layers
+    layer = round(FRAME_LAYER * depth)
+    config.num_hidden_layers = layer + 1  # a decoder runs so many of its layers; what goes into the last is asked for
+    try:
+        output, _ = _run(model, visual, packed, places)
+    finally:
+        config.num_hidden_layers = depth
+    return output.hidden_states[layer][:, len(before) :]
+
+
+def _run(
+    model: LlavaNextVideoForConditionalGeneration,
+    visual: torch.Tensor,
+    packed: PackedQuestions,
+    places: torch.Tensor | None,
+    frames: int = 0,
+) -> tuple[BaseModelOutputWithPast, torch.Tensor]:
+    """What the text decoder makes of it all, and the places of the questions' tokens (`_spots`)."""
+    batch, count, length = packed.tokens.shape
+    first = len(packed.before)
     embed = word_embeddings(model)
     start = embed(torch.tensor(packed.before)).expand(batch, -1, -1)
     spots = _spots(packed)
     questions = embed(packed.tokens.flatten(1).gather(1, spots))
     inputs = torch.cat([start, visual.to(start.dtype), questions], dim=1)
     if places is None:
-        places, behind = torch.arange(visual.shape[1]).expand(batch, -1), prefix
+        places, behind = torch.arange(visual.shape[1]).expand(batch, -1), first + visual.shape[1]
     else:
         behind = first + TOKENS_PER_FRAME * frames
     positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, behind + spots % length], dim=1)
@@ -159,16 +206,7 @@ def decode_packed(
         question_length=length,
         spots=spots,
     )
-    depth = model.config.get_text_config().num_hidden_layers
-    thinking, watching = (output.hidden_states[round(part * depth)] for part in (CONTENT_LAYER, FRAME_LAYER))
-    filled = spots[..., None].expand(-1, -1, inputs.shape[-1])
-    last, thinking = (
-        states.new_zeros(batch, count * length, states.shape[-1])
-        .scatter(1, filled, states[:, prefix:])
-        .unflatten(1, (count, length))
-        for states in (output.last_hidden_state, thinking)
-    )
-    return last, watching[:, first:prefix], thinking
+    return output, spots
 
 
 def _spots(packed: PackedQuestions) -> torch.Tensor:

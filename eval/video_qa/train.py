@@ -1,9 +1,11 @@
 """Training the packaged video LLMs on one CPU core, from cheap lessons to whole videos.
 
-1. *questions*, *options*: the text decoder answers about symbolic frames, one embedding a frame made of words.
-2. *frames*: the vision tower and the projector learn to turn pixels into those same embeddings.
-3. *video*: the text decoder and the projector answer about real frames, few at first, then all 64.
-4. *whole*: everything does, so that the tower learns to tell what questions search for.
+1. *told*: the lower half of the text decoder learns what is true at symbolic frames, embeddings made of words; for
+   decoders so large that to answer as well costs much.
+2. *questions*, *options*: the text decoder answers about symbolic frames.
+3. *frames*: the vision tower and the projector learn to turn pixels into those same embeddings.
+4. *video*: the text decoder and the projector answer about real frames, few at first, then all 64.
+5. *whole*: everything does, so that the tower learns to tell what questions search for.
 
 Clips are drawn on the fly from seeds that no other split uses, and go through mp4 before the tower sees them.
 """
@@ -59,7 +61,9 @@ from namm_transfer.eval.video_qa.model import (
     decode_packed,
     use_packed_attention,
     visual_features,
+    watch,
 )
+from namm_transfer.eval.video_qa.questions import VIDEO_PLACEHOLDER
 from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
 from namm_transfer.eval.video_qa.suite.material import Suite
@@ -84,6 +88,7 @@ _SUITE = (
     Stage("video", steps=1500, batch=4, learning_rate=6e-4, frames=64),
 )
 FIGURES = {
+    "told": ("frame",),
     "questions": ("frame", "word"),
     "options": ("frame", "word", "answer"),
     "frames": ("error", "read"),
@@ -272,6 +277,7 @@ class _Lessons:
         parts = self.model.model
         decoder = [self.decoder, self.decoder_heads]
         trained, loss = {
+            "told": ([*decoder, self.symbols], self._told),
             "questions": ([*decoder, self.symbols], self._symbolic),
             "options": ([*decoder, self.symbols], self._symbolic),
             "frames": ([parts.vision_tower, parts.multi_modal_projector, self.tower_heads], self._frames),
@@ -285,6 +291,14 @@ class _Lessons:
                 return loss(stage, rng)
 
         return [parameter for module in trained for parameter in module.parameters()], loss_at
+
+    def _told(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clips = self.material.clips(rng, stage.batch, stage.frames)
+        truth = self.material.frame_truth(clips, self.material.frames(rng, stage.frames))
+        before, _ = self.processor.around(VIDEO_PLACEHOLDER)
+        states = watch(self.model, self.symbols(truth), before, truth["place"])
+        loss = self.decoder_heads(states.float(), truth)
+        return loss, {"frame": loss.item()}
 
     def _symbolic(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clips = self.material.clips(rng, stage.batch, stage.frames)

@@ -64,6 +64,7 @@ def language(tmp_path_factory, make_tokenizer):
 def trained(tmp_path_factory, language):
     folder = tmp_path_factory.mktemp("host")
     stages = (
+        Stage("told", steps=1, batch=2, learning_rate=1e-2, frames=16),
         Stage("options", steps=3, batch=1, learning_rate=1e-2, frames=16),
         Stage("frames", steps=1, batch=2, learning_rate=1e-3),
         Stage("video", steps=1, batch=1, learning_rate=1e-3, frames=4),

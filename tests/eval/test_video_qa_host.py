@@ -20,7 +20,7 @@ from namm_transfer.eval.video_qa.host import (
     pixel_values,
     save_host,
 )
-from namm_transfer.eval.video_qa.model import decode_packed, use_packed_attention, visual_features
+from namm_transfer.eval.video_qa.model import decode_packed, use_packed_attention, visual_features, watch
 from namm_transfer.eval.video_qa.packaged import packaged_clips
 from namm_transfer.eval.video_qa.questions import all_questions
 from namm_transfer.eval.video_qa.shapes import Shapes
@@ -81,6 +81,19 @@ def test_packed_training_batch_equals_single_prompts(processor: VideoQAProcessor
     assert [len(logits) for logits in alone] == packed.lengths.flatten().tolist()
     for number, expected in enumerate(alone):
         torch.testing.assert_close(together[number, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_to_watch_alone_is_to_watch_before_questions(processor: VideoQAProcessor) -> None:
+    model = build_model(0).eval()
+    use_packed_attention(model)
+    symbols = torch.randn(2, 6, 192, generator=torch.Generator().manual_seed(0))
+    places = TOKENS_PER_FRAME * torch.arange(6).expand(2, -1)
+    packed = pack_questions(processor, [list(questions_of(seed, 1)) for seed in (7, 8)])
+    with torch.no_grad():
+        _, states, _ = decode_packed(model, symbols, packed, places, frames=6)
+        alone = watch(model, symbols, packed.before, places)
+    torch.testing.assert_close(alone, states)
+    assert len(model.model.language_model.layers) == model.config.get_text_config().num_hidden_layers == 6
 
 
 def test_labels_ask_for_the_answer_and_its_end(processor: VideoQAProcessor) -> None:
