@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
 import namm_transfer
 from namm_transfer.errors import DataError
@@ -39,7 +39,7 @@ def record(path: Path, inputs: Mapping[str, str], seed: int) -> None:
     for name, was in known.items():
         if inputs.get(name) != was:
             raise DataError(
-                f"{path.parent} was begun with another {name} (digest {was}, now {inputs.get(name)}); "
+                f"{path.parent} was begun with another {name} (it was {was}, now {inputs.get(name)}); "
                 "its results cannot be mixed with new ones: choose another folder with out=..."
             )
     starts.append(provenance(inputs, seed))
@@ -112,16 +112,23 @@ def digest(path: Path) -> str:
 
 def language_model(name: str) -> str:
     """What a language model is: a packaged one by its name, which stands for a pinned version; a folder by its digest;
-    one of the Hub by its id and commit."""
+    one of the Hub by its id and commit.
+
+    Raises:
+        DataError: its configuration cannot be fetched.
+    """
     if name in PACKAGED_HOSTS:
         return name
     if Path(name).is_dir():
         return digest(Path(name))
     try:
-        commit = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        config = Path(cached_file(name, "config.json"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{name!r} is no packaged language model, no folder, and not on the Hub: {error}") from error
-    return f"{name}@{commit or 'unknown'}"
+        raise DataError(
+            f"language model {name!r} is none of {sorted(PACKAGED_HOSTS)}, no folder, and its config.json could not be "
+            f"read from the Hub: {error}"
+        ) from error
+    return f"{name}@{config.parent.name}"  # the Hub's cache has a folder for each commit
 
 
 def _processor() -> str:

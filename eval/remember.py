@@ -51,6 +51,7 @@ def remember(
     Raises:
         VideoError: the file cannot be decoded; what was seen before the fault is saved.
         ConfigError: settings out of range, or `resume` is the memory of another video or host.
+        CheckpointError, DataError: a host on a language model cannot be read, or that model is gone.
         CacheError: `resume` is no memory of a video, or was made under another policy.
         Interrupted: on Ctrl-C.
     """

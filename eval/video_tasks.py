@@ -62,8 +62,8 @@ class _ClipTask(ABC):
         """Those of the first `clips` clips, clip by clip."""
 
     def inputs(self) -> dict[str, str]:
-        """Digests of the host and of the clips."""
-        return {"host": digest(self._folder), "clips": digest(next(iter(self._clips.values())).path.parent)}
+        """What the host is, and the digest of the clips."""
+        return {**self._identity(), "clips": digest(next(iter(self._clips.values())).path.parent)}
 
     def evaluate(self, units: Sequence[Unit], policy: Any, seed: int) -> Iterator[Outcome]:
         """Clip by clip; no baseline applies, so `policy` is a policy."""
@@ -114,6 +114,9 @@ class _ClipTask(ABC):
         """The clip's file, which is there."""
         path: Path = clip.path
         return path
+
+    def _identity(self) -> dict[str, str]:
+        return {"host": digest(self._folder)}
 
     @property
     def _folder(self) -> Path:
@@ -199,15 +202,14 @@ class ShapesQA(_ClipTask):
         ]
         return _grid(held, int(visual[0]), (len(frames), side, side))
 
-    def inputs(self) -> dict[str, str]:
-        """Also what the language model is, of a host that is on one."""
-        return super().inputs() | llm_host.identity(self._folder)
-
     def _read_clips(self, folder: Path) -> list[QAClip]:
         return qa_clips.packaged_clips(folder)
 
     def _load(self) -> tuple[Any, Any]:
         return llm_host.load_host(self._folder)
+
+    def _identity(self) -> dict[str, str]:
+        return llm_host.identity(self._folder)
 
 
 @dataclass(frozen=True)

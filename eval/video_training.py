@@ -54,7 +54,7 @@ def check_stages(stages: Sequence[Stage], figures: Mapping[str, Sequence[str]]) 
     """Refuse stages of an unknown name, or with a goal for a figure that they do not have.
 
     Args:
-        figures: the names of stages, and the figures of each.
+        figures: the names of stages, and the figures of each that a goal can be set for.
 
     Raises:
         ConfigError: names the stage.
@@ -64,6 +64,10 @@ def check_stages(stages: Sequence[Stage], figures: Mapping[str, Sequence[str]]) 
             raise ConfigError(f"stages[{number}].name is {stage.name!r}; expected one of {', '.join(figures)}")
         if stage.goal is not None and stage.figure not in figures[stage.name]:
             known = ", ".join(figures[stage.name])
+            if not known:
+                raise ConfigError(
+                    f"stages[{number}].goal is {stage.goal}; a stage {stage.name!r} has no goal: expected null"
+                )
             raise ConfigError(f"stages[{number}].figure is {stage.figure!r}; expected one of {known}")
 
 

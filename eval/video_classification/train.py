@@ -41,7 +41,7 @@ DEFAULT_STAGES = {
     "videomae": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
     "timm_vit": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
 }
-FIGURES = {"motion": ("accuracy", "path", "loss")}
+FIGURES = {"motion": ("accuracy",)}
 """The one kind of stages, and the figures that it is followed by."""
 PATH_STATES = -3
 """Where the path is read: two blocks before the last."""

@@ -49,8 +49,12 @@ POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
 ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 16
 """Of an answer at most: a word is one token of the packaged hosts' own tokenizer, a few of a language model's."""
-_ONE_DAY = "{% macro strftime_now(format) %}26 July 2024{% endmacro %}"
-"""Ahead of a chat template: where that writes today's date, a prompt is the same on every day."""
+_ONE_DAY = (
+    "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%B', 'July').replace('%b', 'Jul')"
+    ".replace('%m', '07').replace('%Y', '2024') }}{% endmacro %}\n"
+)
+"""Ahead of a chat template: where that writes today's date, a prompt is the same on every day. The end of the line
+keeps the template's own first line one."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
 WORDS: tuple[str, ...] = ("colour", "shape", *QUESTION_WORDS, *COLOURS, *SHAPES, *DIRECTIONS)
@@ -277,9 +281,15 @@ def identity(folder: Path) -> dict[str, str]:
 
     Raises:
         CheckpointError: its settings cannot be read.
+        DataError: peft is missing, or the language model is gone.
     """
-    base = {"language model": language_model(base_of(folder))} if (folder / ADAPTERS).is_file() else {}
-    return {"host": digest(folder), **base}
+    told = {"host": digest(folder)}
+    if (folder / ADAPTERS).is_file():
+        try:
+            told["language model"] = language_model(base_of(folder))
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from error
+    return told
 
 
 def is_host(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """What training adds to the host: packed attention, symbolic frames, and dense supervision of the frames.
 
-Shape letters: B clips, T frames, M visual tokens, N questions of L tokens per clip, D hidden size of the text decoder.
+Shape letters: B clips, T frames, M visual tokens, N questions of L slots per clip, Q tokens of all of a clip's
+questions, D hidden size of the text decoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,23 +29,23 @@ def packed_attention(
     scaling: float,
     question_length: int,
     questions: int,
-    spots: torch.Tensor,
+    slots: torch.Tensor,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention over the shared prefix; each question sees the prefix and, causally, itself.
 
-    Here every question has its L places, of which `spots` int64 [B, S] names those that the S tokens behind the
-    prefix fill. What is empty stands at the end of a question, where causality hides it. No mask over the whole
-    sequence is ever built, and no score between two questions is ever computed.
+    Here every question has L slots; `slots` int64 [B, Q] names those that the Q tokens behind the prefix fill. What is
+    empty stands at the end of a question, where causality hides it. No mask over the whole sequence is ever built, and
+    no score between two questions is ever computed.
     """
-    prefix = query.shape[2] - spots.shape[1]
+    prefix = query.shape[2] - slots.shape[1]
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     shared = slice(None, prefix)
     head = scaled_dot_product_attention(
         query[:, :, shared], key[:, :, shared], value[:, :, shared], is_causal=True, scale=scaling
     )
-    filled = spots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    filled = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     asking, own_key, own_value = (
         states.new_zeros(*states.shape[:2], questions * question_length, states.shape[3])
         .scatter(2, filled, states[:, :, prefix:])
@@ -138,11 +139,11 @@ def decode_packed(
     """
     batch, count, length = packed.tokens.shape
     first = len(packed.before)
-    output, spots = _run(model, visual, packed, places, frames)
+    output, slots = _run(model, visual, packed, places, frames)
     depth = model.config.get_text_config().num_hidden_layers
     thinking, watching = (output.hidden_states[round(part * depth)] for part in (CONTENT_LAYER, FRAME_LAYER))
     prefix = first + visual.shape[1]
-    filled = spots[..., None].expand(-1, -1, visual.shape[-1])
+    filled = slots[..., None].expand(-1, -1, visual.shape[-1])
     last, thinking = (
         states.new_zeros(batch, count * length, states.shape[-1])
         .scatter(1, filled, states[:, prefix:])
@@ -155,7 +156,7 @@ def decode_packed(
 def watch(
     model: LlavaNextVideoForConditionalGeneration, visual: torch.Tensor, before: list[int], places: torch.Tensor
 ) -> torch.Tensor:
-    """States [B, M, D] of visual tokens after `FRAME_LAYER` of the layers; the others are not run, nothing is asked.
+    """States [B, M, D] of visual tokens after `FRAME_LAYER` of the layers; all but one of the others are not run.
 
     Args:
         visual: [B, M, D], of symbolic frames.
@@ -167,7 +168,8 @@ def watch(
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
     layer = round(FRAME_LAYER * depth)
-    config.num_hidden_layers = layer + 1  # a decoder runs so many of its layers; what goes into the last is asked for
+    # A decoder runs so many of its layers. Its last states are normalised, so that those before are what is wanted.
+    config.num_hidden_layers = layer + 1
     try:
         output, _ = _run(model, visual, packed, places)
     finally:
@@ -182,19 +184,19 @@ def _run(
     places: torch.Tensor | None,
     frames: int = 0,
 ) -> tuple[BaseModelOutputWithPast, torch.Tensor]:
-    """What the text decoder makes of it all, and the places of the questions' tokens (`_spots`)."""
+    """The text decoder's output with all hidden states, [B, prefix + Q, D] each, and the slots of `_filled_slots`."""
     batch, count, length = packed.tokens.shape
     first = len(packed.before)
     embed = word_embeddings(model)
     start = embed(torch.tensor(packed.before)).expand(batch, -1, -1)
-    spots = _spots(packed)
-    questions = embed(packed.tokens.flatten(1).gather(1, spots))
+    slots = _filled_slots(packed)
+    questions = embed(packed.tokens.flatten(1).gather(1, slots))
     inputs = torch.cat([start, visual.to(start.dtype), questions], dim=1)
     if places is None:
         places, behind = torch.arange(visual.shape[1]).expand(batch, -1), first + visual.shape[1]
     else:
         behind = first + TOKENS_PER_FRAME * frames
-    positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, behind + spots % length], dim=1)
+    positions = torch.cat([torch.arange(first).expand(batch, -1), first + places, behind + slots % length], dim=1)
     output = model.model.language_model(
         inputs_embeds=inputs,
         # A mask of four dimensions is handed on as it is: `packed_attention` needs none.
@@ -204,18 +206,17 @@ def _run(
         output_hidden_states=True,
         questions=count,
         question_length=length,
-        spots=spots,
+        slots=slots,
     )
-    return output, spots
+    return output, slots
 
 
-def _spots(packed: PackedQuestions) -> torch.Tensor:
-    """int64 [B, S]: where the tokens of a clip's questions stand among its N x L places, in their order.
+def _filled_slots(packed: PackedQuestions) -> torch.Tensor:
+    """int64 [B, Q]: which of the N x L slots of a clip's questions are filled, in their order.
 
-    A clip with fewer tokens than another has some of its empty places, too.
+    Of a clip with fewer tokens than another some empty ones are among them.
     """
-    places = torch.arange(packed.tokens.shape[-1])
-    empty = (places >= packed.lengths[..., None]).flatten(1)
+    empty = (torch.arange(packed.tokens.shape[-1]) >= packed.lengths[..., None]).flatten(1)
     return empty.to(torch.uint8).argsort(dim=1, stable=True)[:, : packed.lengths.sum(1).max()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
-from namm_transfer.errors import ConfigError
+from namm_transfer.errors import ConfigError, DataError
 from namm_transfer.eval import provenance
 from namm_transfer.eval.language import samples
 from namm_transfer.eval.language.learned import SORTS, draw, learn, sort_of
@@ -97,11 +98,19 @@ def test_the_host_is_known_by_what_it_holds(task: LanguageSamples, tmp_path: Pat
     assert host(str(tmp_path)) == one
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert host(str(tmp_path)) != one
-    config = task.host.model.config
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "_commit_hash", "0a1b2c", raising=False)
-        patch.setattr(provenance.AutoConfig, "from_pretrained", {"owner/name": config}.__getitem__)
-        assert host("owner/name") == "owner/name@0a1b2c"
+
+
+def test_a_host_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, commit = tmp_path / "models--owner--name", "0a1b2c" + "0" * 34
+    for file, text in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
+        (cached / file).parent.mkdir(parents=True)
+        (cached / file).write_text(text)
+    monkeypatch.setattr(
+        provenance, "cached_file", partial(provenance.cached_file, cache_dir=tmp_path, local_files_only=True)
+    )
+    assert provenance.language_model("owner/name") == f"owner/name@{commit}"
+    with pytest.raises(DataError, match=r"'owner/other' is none of \['gemma3-270m', .*config.json could not be read"):
+        provenance.language_model("owner/other")
 
 
 def linear_namm(feature: int, bias: float) -> NAMM:

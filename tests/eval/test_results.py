@@ -80,7 +80,7 @@ def test_a_run_may_get_more_policies_but_keeps_those_it_has(tmp_path):
 def test_what_came_with_a_later_start_is_kept_to(tmp_path):
     record(tmp_path / "provenance.json", {"a": "1"}, 0)
     record(tmp_path / "provenance.json", {"a": "1", "b": "2"}, 0)
-    with pytest.raises(DataError, match=r"begun with another b \(digest 2, now 3\)"):
+    with pytest.raises(DataError, match=r"begun with another b \(it was 2, now 3\)"):
         record(tmp_path / "provenance.json", {"a": "1", "b": "3"}, 0)
 
 

@@ -66,21 +66,28 @@ def test_processor_refuses_a_prompt_without_video(processor: VideoQAProcessor) -
 def test_packed_training_batch_equals_single_prompts(processor: VideoQAProcessor) -> None:
     model = build_model(0).eval()
     clips = [render(make_clip(seed), np.arange(0, 64, 16)) for seed in (7, 8)]
-    asked = [list(questions_of(seed, 1)) for seed in (7, 8)]
+    told = sorted(questions_of(7, 2), key=lambda question: len(question.prompt()))
+    asked = [[told[-1], *told[:2]], told[-3:]]  # clips whose questions have not as many tokens
     packed = pack_questions(processor, asked)
-    with torch.no_grad():
-        alone = []
-        for frames, questions in zip(clips, asked, strict=True):
-            for question in questions:
-                inputs = processor(frames, f"{question.prompt()} {question.truth}")
-                alone.append(model(**inputs).logits[0, 1 + len(frames) * TOKENS_PER_FRAME :])
-        use_packed_attention(model)
-        pixels = torch.stack([pixel_values(frames) for frames in clips])
-        last, _, _ = decode_packed(model, visual_features(model, pixels), packed)
-        together = model.lm_head(last).flatten(0, 1)
+    assert packed.lengths[0].sum() < packed.lengths[1].sum()
+    alone = []
+    for frames, questions in zip(clips, asked, strict=True):
+        for question in questions:
+            inputs = processor(frames, f"{question.prompt()} {question.truth}")
+            alone.append(model(**inputs).logits[0, 1 + len(frames) * TOKENS_PER_FRAME :])
     assert [len(logits) for logits in alone] == packed.lengths.flatten().tolist()
-    for number, expected in enumerate(alone):
-        torch.testing.assert_close(together[number, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+    learned = [model.model.multi_modal_projector.linear_1.weight, *model.model.language_model.parameters()]
+    expected_gradients = torch.autograd.grad(sum(logits.logsumexp(-1).sum() for logits in alone), learned)
+    use_packed_attention(model)
+    pixels = torch.stack([pixel_values(frames) for frames in clips])
+    last, _, _ = decode_packed(model, visual_features(model, pixels), packed)
+    logits = model.lm_head(last).flatten(0, 1)
+    together = [row[: len(expected)] for row, expected in zip(logits, alone, strict=True)]
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    gradients = torch.autograd.grad(sum(logits.logsumexp(-1).sum() for logits in together), learned)
+    for found, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
 
 
 def test_to_watch_alone_is_to_watch_before_questions(processor: VideoQAProcessor) -> None:
@@ -91,9 +98,12 @@ def test_to_watch_alone_is_to_watch_before_questions(processor: VideoQAProcessor
     packed = pack_questions(processor, [list(questions_of(seed, 1)) for seed in (7, 8)])
     with torch.no_grad():
         _, states, _ = decode_packed(model, symbols, packed, places, frames=6)
+        ran: list[int] = []
+        for number, layer in enumerate(model.model.language_model.layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
         alone = watch(model, symbols, packed.before, places)
     torch.testing.assert_close(alone, states)
-    assert len(model.model.language_model.layers) == model.config.get_text_config().num_hidden_layers == 6
+    assert ran == [0, 1, 2, 3] and model.config.get_text_config().num_hidden_layers == 6
 
 
 def test_labels_ask_for_the_answer_and_its_end(processor: VideoQAProcessor) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from namm_transfer.errors import CheckpointError, ConfigError
 from namm_transfer.eval import video_training
 from namm_transfer.eval.video_classification.train import TrainConfig as EncoderConfig
+from namm_transfer.eval.video_qa.train import TrainConfig as LLMConfig
 from namm_transfer.eval.video_training import Stage, Trainer, is_finished, learning_rate
 
 STAGES = (Stage("first", steps=6, batch=4, learning_rate=0.1), Stage("second", steps=5, batch=4, learning_rate=0.05))
@@ -75,13 +76,16 @@ def test_a_finished_folder_that_cannot_be_read_is_not_overwritten(text: str, tmp
         ({"batch": -1}, "Stage.batch is -1"),
         ({"learning_rate": 0.0}, "Stage.learning_rate is 0.0; expected a positive number"),
         ({"name": "motoin"}, r"stages\[0\].name is 'motoin'; expected one of motion"),
-        ({"goal": 0.5}, r"stages\[0\].figure is ''; expected one of accuracy, path, loss"),
+        ({"goal": 0.5}, r"stages\[0\].figure is ''; expected one of accuracy"),
+        ({"goal": 0.5, "figure": "loss"}, r"stages\[0\].figure is 'loss'; expected one of accuracy"),
     ],
 )
 def test_impossible_stages_are_refused(settings: dict, message: str) -> None:
     usual = {"name": "motion", "steps": 1, "batch": 1, "learning_rate": 0.1}
     with pytest.raises(ConfigError, match=message):
         EncoderConfig(stages=(Stage(**usual | settings),))
+    with pytest.raises(ConfigError, match=r"stages\[0\].goal is 0.5; a stage 'told' has no goal: expected null"):
+        LLMConfig(stages=(Stage("told", 1, 1, 0.1, frames=16, goal=0.5, figure="frame"),))
     with pytest.raises(ConfigError, match="TrainConfig.threads is 0"):
         EncoderConfig(threads=0)
 

@@ -15,7 +15,7 @@ from typing import Any
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.task import check_settings
 from namm_transfer.eval.video_qa.evaluate import QAClip
-from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, identity
+from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME
 from namm_transfer.eval.video_qa.questions import Question
 from namm_transfer.eval.video_qa.suite.clips import SuiteClip, make_clip
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, file_of, read_clips, truth, write_clip
@@ -73,7 +73,7 @@ class SuiteQA(ShapesQA):
         if self.videos != DRAWN:
             return super().inputs()
         truths = json.dumps([truth(self._make(clip.seed)) for clip in self._clips.values()])
-        return {**identity(self._folder), "clips": sha256(truths.encode()).hexdigest()[:16]}
+        return {**self._identity(), "clips": sha256(truths.encode()).hexdigest()[:16]}
 
     def _file(self, clip: QAClip) -> Path:
         if self.videos == DRAWN and not clip.path.is_file():
