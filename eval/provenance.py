@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 import namm_transfer
 from namm_transfer.errors import DataError
@@ -122,7 +122,7 @@ def language_model(name: str) -> str:
     if Path(name).is_dir():
         return digest(Path(name))
     try:
-        config = Path(cached_file(name, "config.json"))
+        config = Path(str(cached_file(name, "config.json")))
     except (OSError, ValueError) as error:
         raise DataError(
             f"language model {name!r} is none of {sorted(PACKAGED_HOSTS)}, no folder, and its config.json could not be "

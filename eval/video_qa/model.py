@@ -5,12 +5,12 @@ questions, D hidden size of the text decoder.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, PackedQuestions
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME, word_embeddings
@@ -174,7 +174,8 @@ def watch(
         output, _ = _run(model, visual, packed, places)
     finally:
         config.num_hidden_layers = depth
-    return output.hidden_states[layer][:, len(before) :]
+    states: torch.Tensor = output.hidden_states[layer]
+    return states[:, len(before) :]
 
 
 def _run(
@@ -183,7 +184,7 @@ def _run(
     packed: PackedQuestions,
     places: torch.Tensor | None,
     frames: int = 0,
-) -> tuple[BaseModelOutputWithPast, torch.Tensor]:
+) -> tuple[Any, torch.Tensor]:
     """The text decoder's output with all hidden states, [B, prefix + Q, D] each, and the slots of `_filled_slots`."""
     batch, count, length = packed.tokens.shape
     first = len(packed.before)
