@@ -110,7 +110,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path) -> None:
     for change, message in (
         ({"name": "foo"}, r"stages\[0\].name is 'foo'; expected one of told, questions"),
         ({"frames": 40}, r"stages\[0\].frames is 40; expected one of 64, 32, 16, 8, 4, 2, 1"),
-        ({"goal": 0.5, "figure": "accuracy"}, r"stages\[0\].figure is 'accuracy'; expected one of frame, word, answer"),
+        ({"goal": 0.5, "figure": "accuracy"}, r"stages\[0\].figure is 'accuracy'; expected one of word, answer"),
     ):
         stage = {"name": "video", "steps": 1, "batch": 1, "learning_rate": 1e-3, "frames": 64} | change
         with pytest.raises(ConfigError, match=message):
