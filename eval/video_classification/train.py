@@ -42,7 +42,7 @@ DEFAULT_STAGES = {
     "timm_vit": (Stage("motion", steps=1200, batch=32, learning_rate=1e-3),),
 }
 FIGURES = {"motion": ("accuracy",)}
-"""The one kind of stages, and the figures that it is followed by."""
+"""The one kind of stages, and the figure that a goal can be set for: the others are losses, which fall."""
 PATH_STATES = -3
 """Where the path is read: two blocks before the last."""
 
