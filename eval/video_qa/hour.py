@@ -172,7 +172,8 @@ def _resident(pid: int) -> float:
 
 
 def _frames(path: Path) -> int:
-    with safe_open(path, "pt") as file:
+    # Another process replaces the file: for torch it is opened twice, and might be another one the second time.
+    with safe_open(path, "np") as file:
         return int(json.loads(file.metadata()["video"])["frames"])
 
 
