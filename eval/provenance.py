@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.hub import cached_file
 
 import namm_transfer
 from namm_transfer.errors import DataError
-from namm_transfer.evolution.hosts import PACKAGED_HOSTS
 from namm_transfer.files import write_atomically
 
-__all__ = ["digest", "language_model", "provenance", "record"]
+__all__ = ["digest", "provenance", "record"]
 
 PACKAGES = (
     "torch", "transformers", "timm", "peft", "gymnasium", "mujoco", "decord", "decord2", "numpy", "cma", "scipy",
@@ -108,27 +106,6 @@ def digest(path: Path) -> str:
             total.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
             total.update(file.read_bytes())
     return total.hexdigest()[:16]
-
-
-def language_model(name: str) -> str:
-    """What a language model is: a packaged one by its name, which stands for a pinned version; a folder by its digest;
-    one of the Hub by its id and commit.
-
-    Raises:
-        DataError: its configuration cannot be fetched.
-    """
-    if name in PACKAGED_HOSTS:
-        return name
-    if Path(name).is_dir():
-        return digest(Path(name))
-    try:
-        config = Path(str(cached_file(name, "config.json")))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"language model {name!r} is none of {sorted(PACKAGED_HOSTS)}, no folder, and its config.json could not be "
-            f"read from the Hub: {error}"
-        ) from error
-    return f"{name}@{config.parent.name}"  # the Hub's cache has a folder for each commit
 
 
 def _processor() -> str:

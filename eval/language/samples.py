@@ -11,7 +11,7 @@ import numpy as np
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.executor import check_device
-from namm_transfer.eval.provenance import language_model
+from namm_transfer.eval.language_model import language_model
 from namm_transfer.eval.task import Outcome, Unit, measured
 from namm_transfer.evolution.hosts import LanguageHost, load_host
 from namm_transfer.evolution.kinds import KINDS

@@ -116,7 +116,7 @@ class HubReader:
     name: str
 
     def __post_init__(self) -> None:
-        if not getattr(self.processor, "chat_template", None):
+        if not _default(getattr(self.processor, "chat_template", None)):
             raise ConfigError(f"the processor of {self.name} has no chat template, which says where a video belongs")
 
     def encode(self, messages: Sequence[Message], videos: Sequence[DecodedVideo]) -> Encoded:
@@ -136,7 +136,10 @@ class HubReader:
                 else:
                     raise DataError(f"{self.name} cannot be shown a part of type {part['type']!r}")
             chat.append({"role": message["role"], "content": parts})
-        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        template = packaged_host.on_one_day(_default(self.processor.chat_template))
+        prompt = self.processor.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
         bos = self.processor.tokenizer.bos_token
         # Templates differ in whether they write the first token themselves.
         given: dict[str, Any] = {"add_special_tokens": not (bos and prompt.startswith(bos))}
@@ -182,6 +185,11 @@ def load_video_llm(pretrained: str, dtype: str = "auto") -> tuple[PreTrainedMode
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"cannot load a video LLM from {pretrained!r}: {error}") from error
     return found.eval(), reader
+
+
+def _default(templates: str | Mapping[str, str] | None) -> str:
+    """A processor's chat template, that named "default" where it has several; empty if there is none."""
+    return (templates.get("default") if isinstance(templates, Mapping) else templates) or ""
 
 
 def _metadata(video: DecodedVideo) -> VideoMetadata:

@@ -28,7 +28,8 @@ from transformers import (
 
 from namm_transfer.errors import CheckpointError, DataError
 from namm_transfer.eval.checkpoint import load_weights
-from namm_transfer.eval.provenance import digest, language_model
+from namm_transfer.eval.language_model import language_model
+from namm_transfer.eval.provenance import digest
 from namm_transfer.eval.video_qa.backbone import ADAPTERS, base_of, end_with, load_adapted, put_decoder
 from namm_transfer.eval.video_qa.clips import DIRECTIONS, SIDE
 from namm_transfer.eval.video_qa.drawing import COLOURS, SHAPES
@@ -53,8 +54,6 @@ _ONE_DAY = (
     "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%B', 'July').replace('%b', 'Jul')"
     ".replace('%m', '07').replace('%Y', '2024') }}{% endmacro %}\n"
 )
-"""Ahead of a chat template: where that writes today's date, a prompt is the same on every day. The end of the line
-keeps the template's own first line one."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")
 WORDS: tuple[str, ...] = ("colour", "shape", *QUESTION_WORDS, *COLOURS, *SHAPES, *DIRECTIONS)
@@ -160,6 +159,11 @@ def _untrained(text: PretrainedConfig, processor: VideoQAProcessor) -> LlavaNext
     return model
 
 
+def on_one_day(template: str) -> str:
+    """A chat template that writes one date where it would write today's, so that a prompt is the same on every day."""
+    return _ONE_DAY + template  # whose own first line the end of the line keeps one
+
+
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """The id of one token."""
     return cast(int, tokenizer.convert_tokens_to_ids(token))
@@ -198,9 +202,11 @@ class VideoQAProcessor:
         chat = bool(self.tokenizer.chat_template)
         if chat:
             said = [{"role": "user", "content": prompt}]
-            template = _ONE_DAY + self.tokenizer.get_chat_template()
             written = self.tokenizer.apply_chat_template(
-                said, chat_template=template, add_generation_prompt=True, tokenize=False
+                said,
+                chat_template=on_one_day(self.tokenizer.get_chat_template()),
+                add_generation_prompt=True,
+                tokenize=False,
             )
             prompt = cast(str, written)
         before, behind = prompt.split(VIDEO_PLACEHOLDER)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from namm_transfer import NAMM, policy
 from namm_transfer.errors import ConfigError, DataError
-from namm_transfer.eval import provenance
+from namm_transfer.eval import language_model
 from namm_transfer.eval.language import samples
 from namm_transfer.eval.language.learned import SORTS, draw, learn, sort_of
 from namm_transfer.eval.language.samples import LanguageSamples
@@ -106,11 +106,11 @@ def test_a_host_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: p
         (cached / file).parent.mkdir(parents=True)
         (cached / file).write_text(text)
     monkeypatch.setattr(
-        provenance, "cached_file", partial(provenance.cached_file, cache_dir=tmp_path, local_files_only=True)
+        language_model, "cached_file", partial(language_model.cached_file, cache_dir=tmp_path, local_files_only=True)
     )
-    assert provenance.language_model("owner/name") == f"owner/name@{commit}"
+    assert language_model.language_model("owner/name") == f"owner/name@{commit}"
     with pytest.raises(DataError, match=r"'owner/other' is none of \['gemma3-270m', .*config.json could not be read"):
-        provenance.language_model("owner/other")
+        language_model.language_model("owner/other")
 
 
 def linear_namm(feature: int, bias: float) -> NAMM:

@@ -72,6 +72,14 @@ def test_the_first_token_is_not_written_twice(hub):
     assert ids.count(reader.processor.tokenizer.bos_token_id) == 1
 
 
+def test_a_prompt_is_the_same_on_every_day(hub):
+    _, reader = load_video_llm(str(hub))
+    dated = "Today is {{ strftime_now('%d %b %Y') }}. " + TEMPLATE
+    for template in (dated, {"default": dated, "tool_use": "none"}):
+        reader.processor.chat_template = template
+        assert reader.encode(ASKED, [video()]).prompt.startswith("Today is 26 Jul 2024. ")
+
+
 def test_a_processor_without_videos_gets_their_frames_as_images():
     class Images:
         chat_template = TEMPLATE
@@ -129,9 +137,10 @@ def test_what_cannot_be_loaded(pretrained, dtype, error, message):
 
 def test_a_processor_without_a_template_is_refused(hub):
     _, reader = load_video_llm(str(hub))
-    reader.processor.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
-        HubReader(reader.processor, "tiny")
+    for template in (None, {"tool_use": TEMPLATE}):
+        reader.processor.chat_template = template
+        with pytest.raises(ConfigError, match="no chat template"):
+            HubReader(reader.processor, "tiny")
 
 
 def test_frames(tmp_path):
