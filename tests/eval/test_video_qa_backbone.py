@@ -134,6 +134,24 @@ def test_it_chats_answers_and_remembers_under_a_policy(trained):
     assert isinstance(reader, PackagedReader) and reader.processor.answer_tokens == 16
 
 
+def test_compiled_layers_learn_the_same(language, tmp_path, monkeypatch):
+    # Traced as ever, but not written in C++, which takes minutes.
+    compiled, traced = torch.nn.Module.compile, []
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **given: traced.append(self) or compiled(self, backend="eager", **given),
+    )
+    stages = (Stage("told", steps=2, batch=1, learning_rate=1e-2, frames=16),)
+    plain = TrainConfig(stages=stages, questions_per_clip=2, held_out_clips=1, language=str(language), rank=4)
+    losses = []
+    for config in (plain, replace(plain, compile=True)):
+        train(config, tmp_path / str(config.compile))
+        told = json.loads((tmp_path / str(config.compile) / "training.json").read_text())
+        losses.append([entry["frame"] for entry in told["history"]])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and len(traced) == 3
+
+
 def test_training_goes_on_from_its_adapters(trained, tmp_path):
     config, model, folder = trained
     stage = Stage("video", steps=1, batch=1, learning_rate=1e-7, frames=4)
