@@ -71,8 +71,11 @@ def check_stages(stages: Sequence[Stage], figures: Mapping[str, Sequence[str]]) 
             raise ConfigError(f"stages[{number}].figure is {stage.figure!r}; expected one of {known}")
 
 
-def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
+def is_finished(out_dir: Path, config: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
     """Whether the folder holds a host that was trained with these settings, of which nothing is left to do.
+
+    Args:
+        usual: what a setting was for hosts that were trained before there was one.
 
     Raises:
         CheckpointError: it holds one of other settings, which would be lost; or what it says of them cannot be read.
@@ -81,7 +84,7 @@ def is_finished(out_dir: Path, config: Mapping[str, Any]) -> bool:
     if not told.is_file() or (out_dir / "checkpoint.pt").is_file():
         return False
     try:
-        stored = dict(json.loads(told.read_text())["config"])
+        stored = {**as_stored(usual), **json.loads(told.read_text())["config"]}
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{told} does not say how its host was trained ({type(error).__name__}: {error}): train into another folder"

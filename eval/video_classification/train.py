@@ -127,7 +127,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> VideoEn
     model = build_model(config.seed, config.architecture)
     stages = config.stages or DEFAULT_STAGES[config.architecture]
     config = replace(config, stages=stages)
-    if resume and is_finished(out_dir, asdict(config)):
+    if resume and is_finished(out_dir, asdict(config), asdict(TrainConfig())):
         return load_host(out_dir)[0]
     _use_plain_attention(model)
     head = PathHead(model, torch.Generator().manual_seed(config.seed))

@@ -87,11 +87,11 @@ def low_rank(base: str, rank: int) -> Any:
 
 def add_adapters(model: LlavaNextVideoForConditionalGeneration, settings: Any, seed: int) -> Any:
     """peft's model around the decoder, whose own parameters are the adapters'."""
-    base = settings.base_model_name_or_path
+    base, settings.base_model_name_or_path = settings.base_model_name_or_path, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = _peft().get_peft_model(model.model.language_model, settings)
-    settings.base_model_name_or_path = base  # peft writes over it
+    settings.base_model_name_or_path = base  # peft writes over it, and warns where there was another
     return adapted
 
 

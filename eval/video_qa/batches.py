@@ -18,6 +18,8 @@ CELLS = 4
 """Cells of a frame along a side: one for each of a frame's visual tokens."""
 CELL_COVERAGE = 0.08
 """A cell shows what covers so much of it."""
+UNASKED = ("told", "frames")
+"""Stages of training in which no question is asked."""
 C = TypeVar("C")
 
 

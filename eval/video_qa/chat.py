@@ -136,10 +136,10 @@ class HubReader:
                 else:
                     raise DataError(f"{self.name} cannot be shown a part of type {part['type']!r}")
             chat.append({"role": message["role"], "content": parts})
-        template = packaged_host.on_one_day(_default(self.processor.chat_template))
-        prompt = self.processor.apply_chat_template(
-            chat, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        template = _default(self.processor.chat_template)
+        # Not given where it need not be: SmolVLM's processor knows a better one than its checkpoints have.
+        chosen = {"chat_template": packaged_host.on_one_day(template)} if "strftime_now" in template else {}
+        prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chosen)
         bos = self.processor.tokenizer.bos_token
         # Templates differ in whether they write the first token themselves.
         given: dict[str, Any] = {"add_special_tokens": not (bos and prompt.startswith(bos))}

@@ -50,9 +50,14 @@ POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
 ANSWER_TOKENS, CHAT_ANSWER_TOKENS = 3, 16
 """Of an answer at most: a word is one token of the packaged hosts' own tokenizer, a few of a language model's."""
+_DATE = {
+    "%d": "26", "%-d": "26", "%m": "07", "%B": "July", "%b": "Jul", "%Y": "2024", "%y": "24", "%A": "Friday",
+    "%a": "Fri", "%H": "00", "%M": "00", "%S": "00",
+}  # fmt: skip
 _ONE_DAY = (
-    "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%B', 'July').replace('%b', 'Jul')"
-    ".replace('%m', '07').replace('%Y', '2024') }}{% endmacro %}\n"
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace('{directive}', '{value}')" for directive, value in _DATE.items())
+    + " }}{% endmacro %}\n"
 )
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", VIDEO_PLACEHOLDER, "<image>")
 QUESTION_WORDS = ("What", "Which", "way", "did", "move", "was", "came", "the", "first", "last", "after", "before")

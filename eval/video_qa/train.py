@@ -38,7 +38,7 @@ from namm_transfer.eval.video_qa.backbone import (
     read_adapted,
     save_adapted,
 )
-from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, Material, pack_questions
+from namm_transfer.eval.video_qa.batches import CELLS, IGNORED, UNASKED, Material, pack_questions
 from namm_transfer.eval.video_qa.clips import FPS, FRAMES
 from namm_transfer.eval.video_qa.evaluate import held_out_accuracy
 from namm_transfer.eval.video_qa.host import (
@@ -68,6 +68,7 @@ from namm_transfer.eval.video_qa.shapes import Shapes
 from namm_transfer.eval.video_qa.suite.evaluate import held_out_accuracy as suite_accuracy
 from namm_transfer.eval.video_qa.suite.material import Suite
 from namm_transfer.eval.video_training import LossAt, Stage, Trainer, check_stages, is_finished
+from namm_transfer.kernels import compiler
 
 FRAME_WEIGHT = 2.0
 _SHAPES = (
@@ -158,6 +159,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     The running state is kept in `out_dir/checkpoint.pt`; it is removed when training is done.
 
     Raises:
+        OSError: no C++ compiler for `compile`.
         CheckpointError: with `resume`, a checkpoint or a host of another configuration is in the way; no host at
             `start`, or one that knows other words, or whose positions are stretched further.
         ConfigError: clips of so many frames do not fit its positions.
@@ -168,11 +170,13 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
     material, usual, examine = MATERIALS[config.material]
     stages = config.stages or usual
     config = replace(config, stages=stages)
-    if resume and is_finished(out_dir, asdict(config)):
+    if resume and is_finished(out_dir, asdict(config), asdict(TrainConfig())):
         return load_host(out_dir)[0]
+    if config.compile:
+        compiler()  # else it would be missed at the first step
     lessons = _Lessons(config, material)
-    shown = max((stage.frames for stage in stages if stage.name != "frames"), default=0) or FRAMES
-    lessons.check_room(shown)
+    lessons.check_room(max(stage.frames for stage in stages) or FRAMES)
+    asked_at = max((stage.frames for stage in stages if stage.name not in UNASKED), default=0)
     asked = ("seed", "material", "questions_per_clip", "start", "stretch", "language", "rank")
     settings: dict[str, Any] = {key: getattr(config, key) for key in asked}
     before = {}
@@ -192,7 +196,7 @@ def train(config: TrainConfig, out_dir: Path, *, resume: bool = True) -> LlavaNe
         "config": asdict(config),
         "seconds": round(trainer.seconds),
         "parameters": sum(parameter.numel() for parameter in lessons.model.parameters()),
-        "held_out": examine(*host, config.held_out_clips, num_frames=shown),
+        "held_out": examine(*host, config.held_out_clips, num_frames=asked_at or FRAMES),
         "history": trainer.history,
         **before,
     }

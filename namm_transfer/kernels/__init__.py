@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu", "gpu"]
+__all__ = ["compiler", "cpu", "gpu"]
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _HEADERS = sorted(_SOURCE.parent.glob("*.h"))
@@ -65,17 +65,27 @@ def gpu() -> ModuleType | None:
     return triton
 
 
+def compiler() -> str:
+    """Path of a C++ compiler.
+
+    Raises:
+        OSError: none is found.
+    """
+    found = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise OSError(f"no C++ compiler found (looked for {os.environ.get('CXX', 'c++')}, g++, clang++)")
+    return found
+
+
 def _off() -> bool:
     return os.environ.get("NAMM_TRANSFER_KERNELS", "").lower() in ("off", "0")
 
 
 def _built() -> Path:
     """The shared library, from the user's cache folder if this very machine has built it before."""
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise OSError(f"no C++ compiler found (looked for {os.environ.get('CXX', 'c++')}, g++, clang++)")
+    command = compiler()
     code = [file.read_bytes() for file in (_SOURCE, *_HEADERS)]
-    identity = (code, torch.__version__, _FLAGS, compiler, _processor())
+    identity = (code, torch.__version__, _FLAGS, command, _processor())
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namm_transfer"
     library = folder / f"cpu-{key}.so"
@@ -87,11 +97,11 @@ def _built() -> Path:
     # -fopenmp for the compiler but not for the linker: the threads are to be those of torch's own OpenMP
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch) / "cpu.o", Path(scratch) / "cpu.so"
-        for command in (
-            [compiler, *_FLAGS, "-isystem", str(root / "include"), "-c", str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(linked)],
+        for step in (
+            [command, *_FLAGS, "-isystem", str(root / "include"), "-c", str(_SOURCE), "-o", str(compiled)],
+            [command, "-shared", str(compiled), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(linked)],
         ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+            subprocess.run(step, check=True, capture_output=True, text=True, timeout=600)
         os.replace(linked, library)  # whole or not at all, whoever else builds it meanwhile
     return library
 

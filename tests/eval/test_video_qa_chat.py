@@ -80,6 +80,17 @@ def test_a_prompt_is_the_same_on_every_day(hub):
         assert reader.encode(ASKED, [video()]).prompt.startswith("Today is 26 Jul 2024. ")
 
 
+def test_a_processor_may_choose_its_own_template(hub, monkeypatch):
+    _, reader = load_video_llm(str(hub))
+    write = type(reader.processor).apply_chat_template
+
+    def chosen(self, chat, chat_template=None, **given):  # as SmolVLM's does
+        return write(self, chat, chat_template=chat_template or f"Own. {TEMPLATE}", **given)
+
+    monkeypatch.setattr(type(reader.processor), "apply_chat_template", chosen)
+    assert reader.encode(ASKED, [video()]).prompt.startswith("Own. ")
+
+
 def test_a_processor_without_videos_gets_their_frames_as_images():
     class Images:
         chat_template = TEMPLATE

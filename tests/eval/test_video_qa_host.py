@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from namm_transfer.errors import CheckpointError, DataError
+from namm_transfer.eval.video_qa import model as packed_model
 from namm_transfer.eval.video_qa.batches import IGNORED, pack_questions
 from namm_transfer.eval.video_qa.clips import make_clip, render
 from namm_transfer.eval.video_qa.evaluate import QAClip, accuracy_by_family, answer, questions_of
@@ -63,7 +64,11 @@ def test_processor_refuses_a_prompt_without_video(processor: VideoQAProcessor) -
         processor(render(make_clip(0), np.arange(1)), "What came first?")
 
 
-def test_packed_training_batch_equals_single_prompts(processor: VideoQAProcessor) -> None:
+@pytest.mark.parametrize("plain", [0, 256])
+def test_packed_training_batch_equals_single_prompts(
+    processor: VideoQAProcessor, plain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_model, "PLAIN_TOKENS", plain)
     model = build_model(0).eval()
     clips = [render(make_clip(seed), np.arange(0, 64, 16)) for seed in (7, 8)]
     told = sorted(questions_of(7, 2), key=lambda question: len(question.prompt()))

@@ -53,20 +53,23 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_a_finished_folder_is_neither_trained_again_nor_overwritten(tmp_path: Path) -> None:
     config = {"seed": 0, "stages": [{"name": "first"}], "out": ("a", "b")}
-    assert not is_finished(tmp_path, config)
+    assert not is_finished(tmp_path, config, {})
     (tmp_path / "training.json").write_text(json.dumps({"config": config}))
-    assert is_finished(tmp_path, config)
+    assert is_finished(tmp_path, config, {})
     with pytest.raises(CheckpointError, match="trained with another seed: train into another folder"):
-        is_finished(tmp_path, config | {"seed": 1})
+        is_finished(tmp_path, config | {"seed": 1}, {})
+    assert is_finished(tmp_path, config | {"rank": 8}, {"rank": 8}), "trained before there was such a setting"
+    with pytest.raises(CheckpointError, match="trained with another rank"):
+        is_finished(tmp_path, config | {"rank": 4}, {"rank": 8, "seed": 3})
     (tmp_path / "checkpoint.pt").touch()
-    assert not is_finished(tmp_path, config), "a run that goes on"
+    assert not is_finished(tmp_path, config, {}), "a run that goes on"
 
 
 @pytest.mark.parametrize("text", ["", '{"config": ', "[]", "{}", "3", '{"config": 3}'])
 def test_a_finished_folder_that_cannot_be_read_is_not_overwritten(text: str, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"training\.json does not say how its host was trained"):
-        is_finished(tmp_path, {"seed": 0})
+        is_finished(tmp_path, {"seed": 0}, {})
 
 
 @pytest.mark.parametrize(

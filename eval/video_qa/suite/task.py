@@ -14,6 +14,7 @@ from typing import Any
 
 from namm_transfer.errors import ConfigError
 from namm_transfer.eval.task import check_settings
+from namm_transfer.eval.video_qa.batches import UNASKED
 from namm_transfer.eval.video_qa.evaluate import QAClip
 from namm_transfer.eval.video_qa.host import TOKENS_PER_FRAME
 from namm_transfer.eval.video_qa.questions import Question
@@ -104,10 +105,10 @@ class SuiteQA(ShapesQA):
 
 
 def _taught(folder: Path) -> set[int]:
-    """Of how many frames the clips were that a host was trained on last, where its folder tells."""
+    """Of how many frames the clips were that a host was asked about in training, where its folder tells."""
     try:
         stages = json.loads((folder / "training.json").read_text())["config"]["stages"]
-        return {stage["frames"] for stage in stages if stage["name"] != "frames"}
+        return {stage["frames"] for stage in stages if stage["name"] not in UNASKED}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
