@@ -7,6 +7,7 @@ named in it, and fetched.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def own_parameters(adapted: Any) -> nn.ParameterList:
 def save_adapted(model: LlavaNextVideoForConditionalGeneration, adapted: Any, folder: Path) -> None:
     """Write what is the host's own, and the configurations."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.get_text_config().name_or_path = ""  # where the language model lies on this machine
+    config.save_pretrained(folder)
     weights = model.model.state_dict()
     own = {key: value.half().contiguous() for key, value in weights.items() if not key.startswith(_DECODER)}
     save_file(own, folder / EYES)

@@ -111,6 +111,7 @@ def test_only_adapters_learn_and_they_are_merged_where_a_host_is_loaded(trained,
     apart = max((tower[key] - moved[key].float()).abs().max() for key in tower)
     assert 0 < apart < 0.02  # it began as the packaged one's
     assert json.loads((folder / "training.json").read_text())["config"]["language"] == config.language
+    assert str(language) not in (folder / "config.json").read_text()
 
 
 def test_it_chats_answers_and_remembers_under_a_policy(trained):

@@ -17,6 +17,7 @@ from namm_transfer.eval.inspect import inspect
 from namm_transfer.eval.results import RunFolder
 from namm_transfer.eval.transfer import transfer
 from namm_transfer.eval.video import decode
+from namm_transfer.eval.video_qa.backbone import load_language
 from namm_transfer.eval.video_qa.suite.clips import FRAMES, TRAIN_SEEDS, make_clip
 from namm_transfer.eval.video_qa.suite.files import HELD_OUT, write_clips
 from namm_transfer.eval.video_qa.suite.questions import FAMILIES
@@ -130,8 +131,8 @@ def test_every_length_is_read_whole(suite: SuiteQA, frames: int) -> None:
     assert outcome.detail["family"] == "needle"
 
 
-def asked_of_the_packaged_host(clips: int) -> SuiteQA:
-    task: SuiteQA = build_task(composed("eval", ["task=video_qa/suite", f"task.clips={clips}"])["task"])
+def asked_of_the_packaged_host(clips: int, *settings: str) -> SuiteQA:
+    task: SuiteQA = build_task(composed("eval", ["task=video_qa/suite", f"task.clips={clips}", *settings])["task"])
     return task
 
 
@@ -142,6 +143,21 @@ def test_the_packaged_host_answers_every_family() -> None:
     right = Counter(outcome.detail["family"] for outcome in outcomes if outcome.score == 1.0)
     assert sum(right.values()) >= 40, right  # of 48; 0.92 of many
     assert set(right) == set(FAMILIES)
+
+
+@pytest.mark.filterwarnings("error:.*read alike to the host", "error:.*the host was trained on")
+def test_the_host_on_smollm2_answers_in_words_and_remembers() -> None:
+    pytest.importorskip("peft")
+    try:
+        load_language("smollm2-135m-instruct")
+    except DataError as error:  # it is not shipped, but fetched once
+        pytest.skip(str(error))
+    suite = asked_of_the_packaged_host(2, "model=llava_next_video_smollm2")
+    assert suite.inputs()["language model"] == "smollm2-135m-instruct"
+    outcomes = list(suite.evaluate(suite.units(0), policy("full"), 0))
+    assert sum(outcome.score for outcome in outcomes) >= 10, outcomes  # of 16
+    few = list(suite.evaluate(suite.units(0)[:4], policy("h2o", budget=0.5), 0))
+    assert all(outcome.kept_at_updates == pytest.approx(0.5, abs=0.01) for outcome in few)
 
 
 def test_the_packaged_host_needs_its_video(monkeypatch: pytest.MonkeyPatch) -> None:
