@@ -17,7 +17,7 @@ from namm_transfer.eval.runner import REFERENCE
 from namm_transfer.eval.statistics import Estimate, difference, mean, normalised
 from namm_transfer.files import replacing
 
-__all__ = ["THRESHOLD", "Line", "as_json", "compare", "curves", "markdown"]
+__all__ = ["THRESHOLD", "Line", "as_json", "compare", "curves", "figure", "interval", "markdown"]
 
 _MATCHED = "-matched"
 """End of the names of columns whose budget is what the column `namm` keeps by threshold."""
@@ -130,11 +130,11 @@ def markdown(lines: Sequence[Line], metric: str = "score", reference: str = REFE
                 line.policy,
                 "" if line.budget is None else f"{line.budget:g}",
                 "–" if line.kept is None else f"{line.kept:.3f}",
-                _value(line.score.value),
-                "–" if math.isnan(line.of_full.value) else _interval(line.of_full, sign=""),
-                _interval(line.difference),
-                *(_value(line.by_kind.get(kind, math.nan), sign="+") for kind in kinds),
-                "" if line.ahead is None else _interval(line.ahead),
+                figure(line.score.value),
+                "–" if math.isnan(line.of_full.value) else interval(line.of_full, sign=""),
+                interval(line.difference),
+                *(figure(line.by_kind.get(kind, math.nan), sign="+") for kind in kinds),
+                "" if line.ahead is None else interval(line.ahead),
             ]
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"
@@ -228,12 +228,14 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _value(value: float, sign: str = "") -> str:
+def figure(value: float, sign: str = "") -> str:
+    """A number as the tables have it."""
     if math.isnan(value):
         return "–"
     return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.2f}"
 
 
-def _interval(estimate: Estimate, sign: str = "+") -> str:
-    value, low, high = (_value(v, sign) for v in (estimate.value, estimate.low, estimate.high))
+def interval(estimate: Estimate, sign: str = "+") -> str:
+    """An estimate as the tables have it."""
+    value, low, high = (figure(v, sign) for v in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"

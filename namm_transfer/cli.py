@@ -187,6 +187,18 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> 
 
 
 @app.command()
+def overview(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the tables go, as Markdown.")],
+    ahead: Annotated[str, typer.Option(help="The column whose lead over the others is marked.")] = "namm",
+) -> None:
+    """Studies side by side, a table per budget: `overview docs/results/video/suite_* --out overview.md`."""
+    from namm_transfer.eval.overview import overview as run
+
+    run(studies, ahead, out, _console())
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation: versions, extras, decoders, MuJoCo, packaged weights and videos."""
     from namm_transfer.eval.doctor import doctor as run

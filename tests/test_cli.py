@@ -47,6 +47,7 @@ def test_help_lists_every_command(run):
         "bench",
         "lm-eval",
         "report",
+        "overview",
         "doctor",
     ):
         assert command in shown
@@ -170,6 +171,7 @@ def test_interrupt_exits_130_and_says_how_to_go_on(run):
         (["bench", "+policies.x={budget: 0.5}"], "a policy needs a name"),
         (["eval", "--resume", "nowhere"], "nowhere holds no run"),
         (["report", "nowhere"], "nowhere holds no run"),
+        (["overview", "nowhere", "--out", "x.md"], "nowhere holds no rows of a study"),
         (["inspect", "policy=full", FAKE], "has no clips to inspect"),
         (["train", "video_lm"], "no trainer 'video_lm': the nearest is 'video_llm'"),
         (["train", "behaviour", "outptu=x"], "'outptu' is no setting: the nearest is 'output'"),
