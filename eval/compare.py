@@ -131,7 +131,7 @@ def markdown(lines: Sequence[Line], metric: str = "score", reference: str = REFE
                 "" if line.budget is None else f"{line.budget:g}",
                 "–" if line.kept is None else f"{line.kept:.3f}",
                 figure(line.score.value),
-                "–" if math.isnan(line.of_full.value) else interval(line.of_full, sign=""),
+                interval(line.of_full, sign=""),
                 interval(line.difference),
                 *(figure(line.by_kind.get(kind, math.nan), sign="+") for kind in kinds),
                 "" if line.ahead is None else interval(line.ahead),
@@ -154,8 +154,8 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # slow to import, and no backend is touched this way
 
-    figure = Figure(figsize=(10.5, 6), layout="constrained")
-    axes = figure.subplots()
+    canvas = Figure(figsize=(10.5, 6), layout="constrained")
+    axes = canvas.subplots()
     by_name: dict[str, list[Line]] = {}
     for line in lines:
         if line.policy != full:
@@ -192,9 +192,9 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
                 axes.axhspan(line.score.low, line.score.high, color="black", alpha=0.07)
     axes.set(xlabel="fraction kept just after decisions", ylabel=metric, title=title)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize="small")
+    canvas.legend(loc="outside right center", fontsize="small")
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        canvas.savefig(partial, dpi=110, format="png")
 
 
 def _paired(one: Mapping[str, Row], other: Mapping[str, Row], units: Sequence[str]) -> Estimate:
@@ -229,13 +229,15 @@ def _number(value: float | None) -> float:
 
 
 def figure(value: float, sign: str = "") -> str:
-    """A number as the tables have it."""
+    """A number as the tables have it: two decimals, none from 100 on, a dash for NaN; `sign` "+" shows it always."""
     if math.isnan(value):
         return "–"
     return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.2f}"
 
 
 def interval(estimate: Estimate, sign: str = "+") -> str:
-    """An estimate as the tables have it."""
+    """An estimate as the tables have it, `value [low, high]`; a dash where there is no value."""
+    if math.isnan(estimate.value):
+        return figure(math.nan)
     value, low, high = (figure(v, sign) for v in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
