@@ -42,10 +42,11 @@ PACKAGED_HOSTS: dict[str, Path] = {
     "llava_next_video": PACKAGED,
     "llava_next_video_suite": _HOSTS / "suite_llm",
     "llava_next_video_suite_256": _HOSTS / "suite_llm_256",
+    "llava_next_video_suite_1024": _HOSTS / "suite_llm_1024",
     "llava_next_video_smollm2": _HOSTS / "suite_smollm2",
 }
 """Folders of the packaged video LLMs, by name: of the packaged clips' questions, of the suite's about clips of 64
-frames, of those about clips of 256, and on SmolLM2, of those about 64."""
+frames, of those about clips of 256 and of 1,024, and on SmolLM2, of those about 64."""
 PATCH = 8
 POOL = 2
 TOKENS_PER_FRAME = (SIDE // PATCH // POOL) ** 2
