@@ -13,13 +13,13 @@ import numpy as np
 
 from namm_transfer.errors import DataError
 from namm_transfer.eval.results import OK, Row
-from namm_transfer.eval.runner import REFERENCE
+from namm_transfer.eval.runner import MATCHED, REFERENCE
 from namm_transfer.eval.statistics import Estimate, difference, mean, normalised
 from namm_transfer.files import replacing
 
-__all__ = ["THRESHOLD", "Line", "as_json", "compare", "curves", "figure", "interval", "markdown"]
+__all__ = ["MATCHED_END", "THRESHOLD", "Line", "as_json", "compare", "curves", "figure", "interval", "markdown"]
 
-_MATCHED = "-matched"
+MATCHED_END = f"-{MATCHED}"
 """End of the names of columns whose budget is what the column `namm` keeps by threshold."""
 THRESHOLD = "@"
 """In the names of columns of another threshold than zero, before it."""
@@ -51,6 +51,11 @@ class Line:
     difference: Estimate
     by_kind: Mapping[str, float]
     ahead: Estimate | None
+
+    @property
+    def name(self) -> str:
+        """The policy without its budget or threshold."""
+        return self.policy.removesuffix(f"-{self.budget}").removesuffix(MATCHED_END).partition(THRESHOLD)[0]
 
 
 def compare(rows: Sequence[Row], reference: str = REFERENCE, full: str = "full") -> list[Line]:
@@ -90,7 +95,7 @@ def compare(rows: Sequence[Row], reference: str = REFERENCE, full: str = "full")
     lines = []
     for name, column in columns.items():
         budget = column[units[0]].budget
-        matched = name.endswith(_MATCHED)
+        matched = name.endswith(MATCHED_END)
         rival = references.get(None if matched else budget)
         if matched and reference != REFERENCE:
             rival = None  # whose threshold keeps something else
@@ -159,8 +164,7 @@ def curves(lines: Sequence[Line], title: str, metric: str, path: Path, full: str
     by_name: dict[str, list[Line]] = {}
     for line in lines:
         if line.policy != full:
-            name = line.policy.removesuffix(f"-{line.budget}").removesuffix(_MATCHED).partition(THRESHOLD)[0]
-            by_name.setdefault(name, []).append(line)
+            by_name.setdefault(line.name, []).append(line)
     families: dict[str, list[str]] = {}  # what is drawn in a colour: a name, and those that begin with it
     for name in sorted(by_name):
         base = min((other for other in by_name if name.startswith(f"{other}_")), key=len, default=name)

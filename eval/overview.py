@@ -13,9 +13,8 @@ from urllib.parse import quote
 from rich.console import Console
 
 from namm_transfer.errors import ConfigError, DataError
-from namm_transfer.eval.compare import Line, compare, figure, interval
+from namm_transfer.eval.compare import MATCHED_END, Line, compare, figure, interval
 from namm_transfer.eval.results import RunFolder
-from namm_transfer.eval.runner import MATCHED
 from namm_transfer.eval.task import BASELINES
 from namm_transfer.files import write_atomically
 
@@ -76,10 +75,10 @@ def studied(folder: Path, reference: str) -> Studied:
     if lacking := sorted(wanted - {row.policy for row in rows} - {*BASELINES}):
         raise DataError(f"{folder} is not finished: there are no rows of {', '.join(lacking)}")
     try:
-        lines = compare([row for row in rows if not row.policy.endswith(f"-{MATCHED}")], reference, FULL)
+        lines = compare([row for row in rows if not row.policy.endswith(MATCHED_END)], reference, FULL)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from error
-    known = sorted({_name(line) for line in lines if line.budget is not None})
+    known = sorted({line.name for line in lines if line.budget is not None})
     if reference not in known:
         raise DataError(f"{folder} has no column {reference!r} at any budget; there are {', '.join(known)}")
     return Studied(folder, rows[0].metric, lines)
@@ -113,11 +112,11 @@ def markdown(studies: Sequence[Studied], reference: str, beside: Path) -> str:
 
 def _budgets(studies: Sequence[Studied], reference: str) -> list[float]:
     lines = [line for study in studies for line in study.lines]
-    return sorted({line.budget for line in lines if line.budget is not None and _name(line) == reference})
+    return sorted({line.budget for line in lines if line.budget is not None and line.name == reference})
 
 
 def _at(study: Studied, budget: float) -> dict[str, Line]:
-    return {_name(line): line for line in study.lines if line.budget == budget}
+    return {line.name: line for line in study.lines if line.budget == budget}
 
 
 def _full(study: Studied) -> Line:
@@ -143,8 +142,3 @@ def _cell(line: Line | None) -> str:
         return ""
     mark = "" if line.ahead is None else WORSE if line.ahead.low > 0 else BETTER if line.ahead.high < 0 else ""
     return " ".join(filter(None, [figure(line.of_full.value), mark]))
-
-
-def _name(line: Line) -> str:
-    """The policy without its budget."""
-    return line.policy.removesuffix(f"-{line.budget}")
